@@ -1,0 +1,207 @@
+"""
+Text to train on: one file or a synthetic task, as characters, split into train, validation and test.
+
+`load(name)` takes "shakespeare", "stdlib" (the sources of Python's standard library, which are on every machine),
+the path of a UTF-8 text file, or a synthetic task of the paper, "copy" or "sort". Everything is a string of
+characters: a task's symbols are printable, so vocabulary, sampling and colouring need no special case.
+"""
+import hashlib
+import http.client
+import os
+import sysconfig
+import time
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tsa import UserError
+
+FOLDER = Path(__file__).resolve().parent / "data"
+SHAKESPEARE = FOLDER / "tinyshakespeare.txt"
+SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_SIZE = 1_115_394
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+DOWNLOAD_SECONDS = 60
+
+TASKS = ("copy", "sort")
+PAD, BOS, SEP, EOS = ".^|$"                     # the 4 special symbols of the paper's vocabulary of 32
+SYMBOLS = "abcdefghijklmnopqrstuvwxyzAB"        # the other 28, in the order that sorting means
+LENGTH = 20                                     # of a source: what the paper's script runs (its text says 10)
+TRAIN_SEQUENCES, VAL_SEQUENCES = 10_000, 1_000
+
+
+@dataclass
+class Data:
+    """
+    A corpus, encoded: token i is the character vocab[i]. splits: "train", "val", "test" to int32 tensors, either
+    one stream of characters (n,) or, for a task, one sequence a row (n, 2 * LENGTH + 3).
+    """
+    name: str
+    vocab: str
+    prompt: str         # what sampling starts from when the user gives nothing
+    splits: dict
+
+    @property
+    def is_task(self):
+        return self.name in TASKS
+
+    def describe(self):
+        n = sum(map(len, self.splits.values()))
+        return f"{self.name} has {n:,} {'sequences' if self.is_task else 'characters'}, {len(self.vocab)} different ones"
+
+    def to(self, device):
+        self.splits = {split: tokens.to(device) for split, tokens in self.splits.items()}
+        return self
+
+    def check(self, block_size):
+        """Raise UserError unless every split holds a window of block_size characters and the one after."""
+        if self.is_task:
+            length = self.splits["val"].size(1) - 1
+            if length > block_size:
+                raise UserError(f"--data {self.name} has sequences of {length}: choose a --block_size of {length} or more")
+        elif len(self.splits["val"]) <= block_size:
+            n = sum(map(len, self.splits.values()))
+            raise UserError(f"--data {self.name} has {n} characters, so its validation split (a tenth) is shorter than "
+                            f"block_size {block_size}: give a longer text or a smaller --block_size")
+
+    def batch(self, split, batch_size, block_size):
+        """Random windows, drawn by torch's global generator -> idx, targets (B, T) int64."""
+        tokens = self.splits[split]
+        if self.is_task:
+            return self.pair(tokens[torch.randint(len(tokens), (batch_size,), device=tokens.device)])
+        start = torch.randint(len(tokens) - block_size, (batch_size, 1), device=tokens.device)
+        return self.pair(tokens[start + torch.arange(block_size + 1, device=tokens.device)])
+
+    def windows(self, split, block_size, n=None):
+        """The first n windows, or the whole split: side by side from its start -> idx, targets (n, T) int64."""
+        tokens = self.splits[split]
+        return self.pair(tokens[:n] if self.is_task else tokens.unfold(0, block_size + 1, block_size)[:n])
+
+    def pair(self, rows):
+        """rows (n, T + 1) -> idx (n, T) and the characters that follow (n, T), -1 where none is scored."""
+        idx, targets = rows[:, :-1].long(), rows[:, 1:].long()
+        if self.is_task:        # only what comes after SEP can be known: the target and EOS
+            known = (idx == self.vocab.index(SEP)).cumsum(1) > 0
+            targets = targets.masked_fill(~known, -1)
+        return idx, targets
+
+
+def encode(text, vocab):
+    """A prompt -> its tokens; UserError names the characters that the model has never seen."""
+    unknown = sorted(set(text) - set(vocab))
+    if unknown:
+        raise UserError(f"the model does not know the characters {ascii(''.join(unknown))}: it was trained on "
+                        f"{len(vocab)} others, {ascii(vocab[:40])} ...")
+    index = {c: i for i, c in enumerate(vocab)}
+    return [index[c] for c in text]
+
+
+def write_atomic(path, content):
+    """Write bytes to a temporary name and rename it, so that `path` is the old file or the new one, never half."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def download(url, size, sha256):
+    """The bytes of a file of known size and sha256; UserError if they can't be had within DOWNLOAD_SECONDS."""
+    content, deadline = bytearray(), time.monotonic() + DOWNLOAD_SECONDS
+    try:
+        with urllib.request.urlopen(url, timeout=10) as response:
+            while len(content) <= size and (chunk := response.read(1 << 16)):
+                content += chunk
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"no end after {DOWNLOAD_SECONDS} seconds")
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(f"{url} cannot be downloaded ({error})")
+    if not intact(content, size, sha256):
+        raise UserError(f"{url} sent another file than expected (size or sha256 differs)")
+    return content
+
+
+def intact(content, size, sha256):
+    return len(content) == size and hashlib.sha256(content).hexdigest() == sha256
+
+
+def read_text(path):
+    if not path.is_file():      # a folder, or a pipe that would never end, is not one either
+        raise UserError(f"--data {path} is not a file: give a text file, shakespeare, stdlib, copy or sort")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--data {path} is not UTF-8 text (byte {error.start}): convert it first")
+    except OSError as error:
+        raise UserError(f"--data {path} cannot be read ({error.strerror})")
+
+
+def read_shakespeare():
+    if not SHAKESPEARE.exists():
+        try:
+            content = download(SHAKESPEARE_URL, SHAKESPEARE_SIZE, SHAKESPEARE_SHA256)
+        except UserError as error:
+            raise UserError(f"{error}; put Tiny-Shakespeare at {SHAKESPEARE} by hand, or use --data stdlib")
+        SHAKESPEARE.parent.mkdir(exist_ok=True)
+        write_atomic(SHAKESPEARE, content)
+    text = read_text(SHAKESPEARE)
+    if not intact(text.encode("utf-8"), SHAKESPEARE_SIZE, SHAKESPEARE_SHA256):
+        raise UserError(f"{SHAKESPEARE} is damaged (size or sha256 differs): delete it, to have it downloaded again")
+    return text
+
+
+def read_stdlib():
+    """The top-level modules of the standard library, one after the other (4.7 million characters in Python 3.11)."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    return "".join(file.read_text(encoding="utf-8") for file in files)
+
+
+def text_data(name, text):
+    """Sorted vocabulary, and the paper's split: 80% train, 10% validation, 10% test, in order."""
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    present = np.zeros(0x110000, dtype=bool)
+    present[codes] = True
+    code_of_token = np.flatnonzero(present)
+    if len(code_of_token) < 2:
+        raise UserError(f"--data {name} is empty or repeats one character: there is nothing to learn in it")
+    token_of_code = np.zeros(0x110000, dtype=np.int32)
+    token_of_code[code_of_token] = np.arange(len(code_of_token))
+    vocab = "".join(map(chr, code_of_token))
+    tokens = torch.from_numpy(token_of_code[codes])
+    a, b = int(0.8 * len(tokens)), int(0.9 * len(tokens))
+    splits = {"train": tokens[:a], "val": tokens[a:b], "test": tokens[b:]}
+    return Data(name, vocab, "\n" if "\n" in vocab else vocab[0], splits)
+
+
+def task_data(name):
+    """Paper section 2: BOS source SEP target EOS, the target being the source again (copy) or in order (sort)."""
+    vocab = PAD + BOS + SEP + EOS + SYMBOLS
+    n = TRAIN_SEQUENCES + VAL_SEQUENCES
+    source = np.random.default_rng(0).integers(vocab.index(SYMBOLS[0]), len(vocab), size=(n, LENGTH))
+    target = source if name == "copy" else np.sort(source, axis=1)
+    bos, sep, eos = (np.full((n, 1), vocab.index(c)) for c in (BOS, SEP, EOS))
+    rows = torch.from_numpy(np.concatenate([bos, source, sep, target, eos], axis=1).astype(np.int32))
+    prompt = "".join(vocab[i] for i in rows[-1, :LENGTH + 2])
+    return Data(name, vocab, prompt, {"train": rows[:TRAIN_SEQUENCES], "val": rows[TRAIN_SEQUENCES:]})
+
+
+def load(name=None):
+    """The corpus `name`, see the top of this file; without a name Shakespeare, else stdlib and a line that says why."""
+    if name in TASKS:
+        return task_data(name)
+    if name is None:
+        try:
+            return text_data("shakespeare", read_shakespeare())
+        except UserError as error:
+            print(f"{error}. Going on with stdlib, the sources of Python's standard library.")
+            name = "stdlib"
+    if name == "stdlib":
+        return text_data(name, read_stdlib())
+    if name == "shakespeare":
+        return text_data(name, read_shakespeare())
+    return text_data(name, read_text(Path(name)))

@@ -1,0 +1,604 @@
+"""
+python -m pytest -q      Offline, on the CPU. In the order of tsa.py, then data.py, train.py and the command lines.
+"""
+import hashlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import data
+import sample
+import train
+from tsa import Config, GATES, KV, MODELS, Router, UserError, build, generate, macs_per_token, macs_saved, tlops_saved
+
+HERE = Path(__file__).resolve().parent
+SYNTHETIC = dict(vocab_size=32, block_size=64, n_head=4, n_embd=128)
+
+
+def tiny(model="tsa", seed=0, **settings):
+    """A small model with weights far from their start, so that gates and exits differ from token to token."""
+    torch.manual_seed(seed)
+    defaults = dict(vocab_size=11, block_size=16, n_layer=4, n_head=2, n_embd=16, dropout=0.0)
+    model = build(Config(model=model, **defaults | settings)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model
+
+
+def tokens(B=3, T=16, vocab_size=11, seed=1):
+    return torch.randint(vocab_size, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog.\n" * 60, encoding="utf-8")
+    return path
+
+
+def run_train(*flags):
+    small = ["--n_layer", "3", "--n_embd", "16", "--n_head", "2", "--block_size", "16", "--batch_size", "4"]
+    return train.main(small + [str(flag) for flag in flags])
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# tsa.py
+
+@pytest.mark.parametrize("settings, expected", [
+    (dict(model="dense"), 4_782_336), (dict(model="tsa"), 4_864_901), (dict(model="exit"), 4_784_896),
+    (dict(model="dense", vocab_size=6064, block_size=256), 6_350_848),
+    (dict(model="tsa", vocab_size=6064, block_size=256), 6_433_413),
+    (dict(model="dense", **SYNTHETIC), 1_199_104), (dict(model="tsa", **SYNTHETIC), 1_219_909),
+])
+def test_parameter_counts_are_the_papers(settings, expected):
+    """A missing bias or an untied head would make another architecture than the one whose results we check."""
+    assert sum(p.numel() for p in build(Config(**settings)).parameters()) == expected
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("run", ["trained", "masked"])
+def test_no_token_sees_the_future(model, run):
+    """A gate or an exit that looked ahead would score well and generate rubbish."""
+    model, idx = tiny(model), tokens()
+    changed = idx.clone()
+    changed[:, 9:] = (changed[:, 9:] + 1) % 11
+    before, after = model(idx, run=run)[0], model(changed, run=run)[0]
+    torch.testing.assert_close(before[:, :9], after[:, :9])
+    assert not torch.allclose(before[:, 9:], after[:, 9:])
+
+
+def test_gate_one_is_the_plain_block_and_gate_zero_the_identity():
+    """The two ends of equations (1) and (2): everything between is a scale."""
+    block, x = tiny().blocks[1], torch.randn(2, 8, 16)
+    assert torch.equal(block(x, torch.ones(2, 8)), block(x))
+    assert torch.equal(block(x, torch.zeros(2, 8)), x)
+
+
+def test_gate_scales_both_residual_updates():
+    """Scaling only one of the two would still train, and would not be the paper's block."""
+    block, x, gate = tiny().blocks[1], torch.randn(2, 8, 16), torch.rand(2, 8)
+    h = x + gate[..., None] * block.attn(block.ln1(x))
+    torch.testing.assert_close(block(x, gate), h + gate[..., None] * block.ffn(block.ln2(h)))
+
+
+def test_skipped_token_still_feeds_the_others():
+    """Skipping must not remove keys and values, or attention is no longer exact."""
+    block, x, gate = tiny().blocks[1], torch.randn(1, 8, 16), torch.ones(1, 8)
+    gate[0, 3] = 0
+    y = block(x, gate)
+    torch.testing.assert_close(y[:, 4:], block(x)[:, 4:])
+    x[0, 3] += 1
+    assert not torch.allclose(block(x, gate)[:, 4:], y[:, 4:])
+
+
+def test_router_is_the_papers_gate_mlp():
+    """Equation (3) by hand; at the start p is near 0.27, so alpha is 0.73 before anything was learned."""
+    router, h = tiny().routers[0], torch.randn(2, 5, 16)
+    hidden = torch.relu(h @ router.fc.weight.T + router.fc.bias)
+    p = torch.sigmoid((hidden @ router.out.weight.T + router.out.bias)[..., 0])
+    torch.testing.assert_close(router(h), p)
+    fresh = build(Config()).routers[0]
+    assert fresh.fc.out_features == 64 and abs(fresh(torch.randn(1, 64, 256) * 0.03).mean() - 0.27) < 0.05
+
+
+def test_router_stays_float32_under_autocast():
+    """Near p = 1 bfloat16 rounds 1 - p to 0, which would skip tokens whose gate is small but open."""
+    router = Router(Config(gate_bias=6.0))
+    with torch.autocast("cpu", torch.bfloat16):
+        p = router(torch.randn(1, 64, 256))
+    assert p.dtype == torch.float32 and (1 - p).min() > 0 and len(p.unique()) > 32
+
+
+@pytest.mark.parametrize("gate, expected", [("soft", ([.9, .5, .4, .1], [1, 1, 0, 0])),
+                                            ("skip", ([.9, .5, .4, .1], [.9, .5, 0, 0]))])
+def test_gate_pairs_follow_their_definitions(gate, expected):
+    """What training sees and what inference runs are the two halves of a design; p at the threshold still runs."""
+    p = torch.tensor([.1, .5, .6, .9])
+    for make_gate, values in zip(GATES[gate], expected):
+        torch.testing.assert_close(make_gate(p, 0.5), torch.tensor(values, dtype=torch.float32))
+
+
+def test_depth_loss_and_gates_by_hand():
+    """L = L_task + lam * mean over the L-1 routers of mean(1 - p), with each block gated by the router before it."""
+    model, idx, targets = tiny(lam=0.7), tokens(), tokens(seed=2)
+    x, depths = model.wte(idx) + model.wpe(torch.arange(16)), []
+    for l, block in enumerate(model.blocks):
+        x = block(x, 1 - model.routers[l - 1](x) if l > 0 else None)
+        if l < 3:
+            depths.append((1 - model.routers[l](x)).mean())
+    logits = model.norms[0](x) @ model.wte.weight.T
+    task, depth = F.cross_entropy(logits.flatten(0, 1), targets.flatten()), sum(depths) / 3
+    actual_logits, loss, stats = model(idx, targets)
+    torch.testing.assert_close(actual_logits, logits)
+    torch.testing.assert_close(stats["task_loss"], task)
+    torch.testing.assert_close(stats["depth_loss"], depth)
+    torch.testing.assert_close(loss, task + 0.7 * depth)
+
+
+def test_unscored_targets_do_not_count():
+    """The synthetic tasks score the target only: a loss over the random source would drown it."""
+    model, idx, targets = tiny("dense"), tokens(), tokens(seed=2)
+    targets[:, :10] = -1
+    logits, loss, _ = model(idx, targets)
+    torch.testing.assert_close(loss, F.cross_entropy(logits[:, 10:].flatten(0, 1), targets[:, 10:].flatten()))
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.01])
+def test_gradient_reaches_every_router(lam):
+    """A router that the task loss does not reach could only ever close."""
+    model = tiny(lam=lam).train()
+    model(tokens(), tokens(seed=2))[1].backward()
+    for router in model.routers:
+        assert all(parameter.grad.abs().sum() > 0 for parameter in router.parameters())
+
+
+def test_exit_trains_on_the_mean_of_all_exits():
+    """Paper section 1: the uniform mean of the L cross-entropies, each with its own LayerNorm and the tied head."""
+    model, idx, targets = tiny("exit"), tokens(), tokens(seed=2)
+    x, losses = model.wte(idx) + model.wpe(torch.arange(16)), []
+    for block, norm in zip(model.blocks, model.norms):
+        x = block(x)
+        losses.append(F.cross_entropy((norm(x) @ model.wte.weight.T).flatten(0, 1), targets.flatten()))
+    torch.testing.assert_close(model(idx, targets)[1], sum(losses) / 4)
+
+
+def test_exit_thresholds_zero_and_one():
+    """At 0 everyone leaves after block 1, the first that may; at 1 nobody leaves and the model is the full one."""
+    model, idx = tiny("exit"), tokens()
+    full = model(idx)[2]["levels"]
+    model.config.threshold = 0.0
+    logits, _, stats = model(idx, run="masked")
+    torch.testing.assert_close(logits, full[1])
+    assert stats["gates"].mean((1, 2)).tolist() == [1, 1, 0, 0]
+    model.config.threshold = 1.0
+    logits, _, stats = model(idx, run="masked")
+    torch.testing.assert_close(logits, full[-1])
+    assert stats["gates"].min() == 1
+
+
+def test_exited_token_really_stops():
+    """In the paper's code only its logits freeze; here its state stays, and the others read keys made from it."""
+    model, idx = tiny("exit", threshold=0.4), tokens()
+    logits, _, stats = model(idx, run="masked")
+    left = stats["gates"][2] == 0
+    assert 0 < left.float().mean() < 1
+    x = model.wte(idx) + model.wpe(torch.arange(16))
+    for block in model.blocks[:2]:
+        x = block(x)
+    torch.testing.assert_close(logits[left], (model.norms[1](x) @ model.wte.weight.T)[left])
+    x = torch.where(left[..., None], x, model.blocks[2](x))
+    stays = stats["gates"][3] == 1
+    x = torch.where(stays[..., None], model.blocks[3](x), x)
+    torch.testing.assert_close(logits[stays], (model.norms[3](x) @ model.wte.weight.T)[stays])
+
+
+def test_replayed_gates_are_used():
+    """Tests and the benchmark give gates in place of the model's own."""
+    model, idx = tiny(), tokens()
+    gates = torch.bernoulli(torch.full((4, 3, 16), 0.5))
+    stats = model(idx, run="masked", gates=gates)[2]
+    assert torch.equal(stats["gates"][1:], gates[1:]) and stats["gates"][0].min() == 1
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_one_batch_is_overfitted(model):
+    """The shortest proof that loss, gradients and optimiser work together."""
+    torch.manual_seed(0)
+    model = build(Config(model=model, vocab_size=11, block_size=16, n_layer=3, n_head=2, n_embd=32, dropout=0.0))
+    optimizer, idx = train.make_optimizer(model, 1e-2), tokens(B=2, T=17)
+    for _ in range(100):
+        _, loss, stats = model(idx[:, :-1], idx[:, 1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert stats["task_loss"] < 0.1
+
+
+def test_generation_keeps_half_a_window_and_greedy_is_argmax():
+    """The rule past the context is stated, so that cached and uncached text can agree; temperature 0 must not crash."""
+    model, text = tiny("dense"), tokens(B=1, T=1)
+    window = text
+    for idx_next, gates in generate(model, text, 30, temperature=0):
+        if window.size(1) == 17:
+            window = window[:, -8:]
+        assert idx_next.item() == model(window)[0][0, -1].argmax() and gates.shape == (4, 1)
+        window = torch.cat([window, idx_next], 1)
+
+
+def test_top_k_one_is_greedy():
+    """top_k keeps the likeliest characters and no others."""
+    model, idx = tiny("dense"), tokens(B=2, T=4)
+    drawn, greedy = ([t for t, _ in generate(model, idx, 12, **how)] for how in (dict(top_k=1), dict(temperature=0)))
+    assert torch.equal(torch.cat(drawn, 1), torch.cat(greedy, 1))
+
+
+@pytest.mark.parametrize("alpha, saved", [(.341, .549), (.730, .225), (.726, .228), (.833, .139), (.755, .204)])
+def test_token_layer_operations_are_the_papers(alpha, saved):
+    """The paper's table (section 3): the same alpha must give the same saving."""
+    assert abs(tlops_saved([1] + [alpha] * 5) - saved) < 0.0006
+
+
+def test_multiply_adds_by_hand():
+    """Two blocks, width 8, context 4, 5 characters, half of the tokens skipping block 1, each product written out."""
+    config = Config(model="tsa", vocab_size=5, block_size=4, n_layer=2, n_head=2, n_embd=8)
+    block = 4 * 8 * 8 + 2 * 8 * 32 + 2 * 8 * 2      # q k v out; fc proj; scores and values, 2 keys on average
+    router, head = 8 * 16 + 16, 8 * 5
+    assert macs_per_token(config, [1, 0.5]) == block + (block + 2 * 8 * 8) / 2 + router + head
+    assert macs_saved(config, [1, 0.5]) == 1 - (block + (block + 128) / 2 + router + head) / (2 * block + head)
+    early = Config(model="exit", vocab_size=5, block_size=4, n_layer=3, n_head=2, n_embd=8)
+    assert macs_per_token(early, [1, 1, 0.25]) == 2 * block + block / 4 + 128 * 0.75 + 1.25 * head
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# data.py
+
+def test_text_survives_encoding(tmp_path):
+    """Any UTF-8 text, whatever its alphabet: every character comes back, in the splits' order."""
+    text = "naïve 漢字 🙂\n" * 50
+    (tmp_path / "t.txt").write_text(text, encoding="utf-8")
+    corpus = data.load(str(tmp_path / "t.txt"))
+    assert corpus.vocab == "".join(sorted(set(text)))
+    joined = torch.cat([corpus.splits[s] for s in ("train", "val", "test")])
+    assert "".join(corpus.vocab[i] for i in joined) == text
+    assert data.encode("naïve", corpus.vocab) == [corpus.vocab.index(c) for c in "naïve"]
+    assert len(corpus.splits["train"]) == int(0.8 * len(text))
+
+
+def test_windows_cover_the_split_once_and_batches_are_windows(text_file):
+    """The final loss is over the whole validation split: no character scored twice, none left but the last few."""
+    corpus = data.load(str(text_file))
+    idx, targets = corpus.windows("val", 16)
+    stream = corpus.splits["val"].long()
+    assert torch.equal(idx.flatten(), stream[:idx.numel()]) and torch.equal(targets.flatten(), stream[1:idx.numel() + 1])
+    assert len(stream) - idx.numel() <= 16
+    idx, targets = corpus.batch("train", 5, 16)
+    assert idx.shape == (5, 16) and torch.equal(idx[:, 1:], targets[:, :-1])
+
+
+@pytest.mark.parametrize("task", data.TASKS)
+def test_tasks_are_what_they_say(task):
+    """`^source|target$`, and only target and end are scored."""
+    corpus = data.load(task)
+    idx, targets = corpus.windows("val", 64)
+    text = "".join(corpus.vocab[i] for i in idx[0])
+    source, target = text[1:].split("|")
+    assert len(corpus.vocab) == 32 and len(source) == 20 and len(idx) == 1000
+    assert target == (source if task == "copy" else "".join(sorted(source, key=corpus.vocab.index)))
+    assert targets[0, :21].eq(-1).all()
+    assert "".join(corpus.vocab[i] for i in targets[0, 21:]) == target + "$"
+
+
+@pytest.fixture
+def server():
+    """A server on loopback that sends what it is told to."""
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(self.server.status)
+            self.send_header("Content-Length", str(self.server.length or len(self.server.body)))
+            self.end_headers()
+            self.wfile.write(self.server.body)
+
+        def log_message(self, *args):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    server.status, server.body, server.length = 200, b"", None
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+@pytest.fixture
+def shakespeare_from(server, tmp_path, monkeypatch):
+    """data.py with a made-up Shakespeare whose home is the server."""
+    text = ("To be, or not to be, that is the question.\n" * 40).encode()
+    server.body = text
+    monkeypatch.setattr(data, "SHAKESPEARE", tmp_path / "data" / "tinyshakespeare.txt")
+    monkeypatch.setattr(data, "SHAKESPEARE_URL", f"http://127.0.0.1:{server.server_port}/input.txt")
+    monkeypatch.setattr(data, "SHAKESPEARE_SIZE", len(text))
+    monkeypatch.setattr(data, "SHAKESPEARE_SHA256", hashlib.sha256(text).hexdigest())
+    return server
+
+
+def test_download_is_verified_and_kept(shakespeare_from):
+    """The first run fetches the file, the second needs no network."""
+    corpus = data.load("shakespeare")
+    shakespeare_from.status = 404
+    assert data.load().vocab == corpus.vocab and data.SHAKESPEARE.read_bytes() == shakespeare_from.body
+    data.SHAKESPEARE.write_bytes(b"To be, or")
+    with pytest.raises(UserError, match="damaged"):
+        data.load("shakespeare")
+
+
+@pytest.mark.parametrize("status, body, length", [(404, None, None), (200, b"another file", None),
+                                                  (200, b"To be, or", 1720), (200, b"x" * 100_000, None)])
+def test_bad_download_leaves_nothing_and_falls_back(shakespeare_from, capsys, status, body, length):
+    """Missing, another, cut and overlong files: nothing half-written stays, and the default run still has a text."""
+    shakespeare_from.status, shakespeare_from.length = status, length
+    shakespeare_from.body = body or shakespeare_from.body
+    with pytest.raises(UserError, match="--data stdlib"):
+        data.load("shakespeare")
+    assert not data.SHAKESPEARE.parent.exists() or not list(data.SHAKESPEARE.parent.iterdir())
+    assert data.load().name == "stdlib"
+    line = capsys.readouterr().out
+    assert "stdlib" in line and str(data.SHAKESPEARE) in line and line.count("\n") == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# train.py
+
+def test_evaluation_equals_a_slow_loop(text_file):
+    """Losses, alpha and saved must be means over every character, not over batches of unequal size."""
+    corpus = data.load(str(text_file))
+    model = tiny(gate="skip", vocab_size=len(corpus.vocab))
+    idx, targets = windows = corpus.windows("val", 16)
+    score = train.evaluate(model, windows, "masked", batch_size=7)
+    losses, ran, gate_sum = [], torch.zeros(4), 0
+    with torch.no_grad():
+        for x, y in zip(idx, targets):
+            logits, _, stats = model(x[None], run="masked")
+            losses += [-F.log_softmax(row, 0)[t].item() for row, t in zip(logits[0], y)]
+            ran += (stats["gates"][:, 0] > 0).sum(1)
+            gate_sum += stats["gates"][1:].sum().item()
+    ran = (ran / idx.numel()).tolist()
+    assert abs(score["loss"] - sum(losses) / len(losses)) < 1e-5
+    assert abs(score["alpha"] - gate_sum / idx.numel() / 3) < 1e-5
+    assert abs(score["alpha_executed"] - sum(ran[1:]) / 3) < 1e-6 and 0.05 < score["alpha_executed"] < 0.95
+    assert score["macs_saved"] == macs_saved(model.config, ran)
+
+
+def test_weight_decay_is_on_matrices_only():
+    """Paper section 2: none on biases, LayerNorms and embeddings."""
+    model = tiny()
+    decayed, others = (group["params"] for group in train.make_optimizer(model, 1e-3).param_groups)
+    assert {p.dim() for p in decayed} == {2} and len(decayed) == 4 * 5 + 3 * 2
+    assert any(p is model.wte.weight for p in others) and any(p is model.wpe.weight for p in others)
+
+
+def test_learning_rate_falls_to_a_tenth():
+    """Cosine from the first step to the last, no warm-up."""
+    assert train.cosine(1, 100) == 1 and abs(train.cosine(100, 100) - 0.1) < 1e-9
+    assert abs(train.cosine(51, 101) - 0.55) < 1e-9
+
+
+def without_times(path):
+    return [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in train.read_csv(path)]
+
+
+def test_stopped_run_resumes_to_the_bit(text_file, tmp_path, monkeypatch):
+    """A run that was stopped and resumed, with other evaluations between, is the undisturbed run."""
+    flags = ["--data", text_file, "--max_iters", 50, "--dropout", 0.1]
+    assert run_train(*flags, "--out_dir", tmp_path / "a") == 0
+    seed_step = train.seed_step
+
+    def stop_at_33(seed, step):
+        seed_step(seed, step)
+        if step == 33:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(train, "seed_step", stop_at_33)
+    assert run_train(*flags, "--out_dir", tmp_path / "b") == 130
+    monkeypatch.setattr(train, "seed_step", seed_step)
+    assert train.main(["--resume", "--out_dir", str(tmp_path / "b")]) == 0
+    a, b = (torch.load(tmp_path / x / "ckpt.pt", weights_only=True) for x in "ab")
+    assert a["step"] == b["step"] == 50
+    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+    assert without_times(tmp_path / "a" / "log.csv") == without_times(tmp_path / "b" / "log.csv")
+
+
+def test_rows_past_the_checkpoint_are_cut(text_file, tmp_path):
+    """A kill between log and checkpoint must not leave a step in the log twice."""
+    flags = ["--data", text_file, "--max_iters", 40, "--eval_interval", 20, "--out_dir", tmp_path / "a"]
+    run_train(*flags)
+    log = tmp_path / "a" / "log.csv"
+    undisturbed = without_times(log)
+    (tmp_path / "a" / "result.json").unlink()
+    saved = torch.load(tmp_path / "a" / "ckpt.pt", weights_only=True)
+    run_train(*flags, "--fresh", "--max_iters", 40)
+    torch.save(saved | {"step": 20}, tmp_path / "a" / "ckpt.pt")
+    (tmp_path / "a" / "result.json").unlink()
+    assert run_train(*flags, "--resume") == 0
+    assert [row["step"] for row in without_times(log)] == [row["step"] for row in undisturbed] == ["0", "20", "40"]
+
+
+def test_finished_run_returns_at_once(text_file, tmp_path, capsys):
+    """Loops over experiments repeat their commands with --resume: what is done must not be done again."""
+    flags = ["--data", text_file, "--max_iters", 2, "--out_dir", tmp_path / "a", "--resume"]
+    assert run_train(*flags) == 0
+    before = (tmp_path / "a" / "ckpt.pt").stat().st_mtime_ns
+    assert run_train(*flags) == 0 and "finished" in capsys.readouterr().out
+    assert (tmp_path / "a" / "ckpt.pt").stat().st_mtime_ns == before
+
+
+def test_infinite_loss_stops_the_run_and_keeps_the_checkpoint(text_file, tmp_path, capsys):
+    """A diverged run must not overwrite the weights that were still good."""
+    flags = ["--data", text_file, "--max_iters", 60, "--eval_interval", 10, "--learning_rate", 1e-3, "--out_dir", tmp_path / "a"]
+    original = train.cosine
+    try:
+        train.cosine = lambda step, n: original(step, n) if step <= 12 else math.inf
+        assert run_train(*flags) == 2
+    finally:
+        train.cosine = original
+    assert "not finite" in capsys.readouterr().err
+    model, saved = train.load_checkpoint(tmp_path / "a" / "ckpt.pt")
+    assert saved["step"] == 10 and all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_results_and_table(text_file, tmp_path, capsys):
+    """The keys are the contract of every later comparison; early exit brings its sweep, the tasks their accuracies."""
+    keys = """model gate lam gate_bias threshold seed data n_params n_layer n_head n_embd block_size batch_size max_iters
+        learning_rate dropout step val_loss val_bpc alpha val_loss_executed alpha_executed alpha_by_block
+        tlops_saved_executed macs_saved_executed tokens_per_s device dtype torch seconds""".split()
+    for model in MODELS:
+        assert run_train("--model", model, "--data", text_file, "--max_iters", 3, "--out_dir", tmp_path / model) == 0
+        result = json.loads((tmp_path / model / "result.json").read_text())
+        assert [key for key in result if key != "thresholds"] == keys
+        assert (result["alpha"] is None) == (model != "tsa") and (result["threshold"] is None) == (model == "dense")
+    sweep = json.loads((tmp_path / "exit" / "result.json").read_text())["thresholds"]
+    assert [row["threshold"] for row in sweep] == [.99, .95, .90, .85, .80, .75, .70, .65, .60, .55, .50, .40, .30]
+    assert {"threshold", "val_loss", "alpha", "tlops_saved", "macs_saved"} < sweep[0].keys()
+    assert run_train("--data", "copy", "--block_size", 43, "--max_iters", 2, "--out_dir", tmp_path / "copy") == 0
+    assert json.loads((tmp_path / "copy" / "result.json").read_text()).keys() > {"token_accuracy", "sequence_accuracy"}
+    capsys.readouterr()
+    assert train.main(["--table", str(tmp_path)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 5 == len(train.read_csv(tmp_path / "results.csv")) + 1
+
+
+def test_frozen_exit_keeps_logits_but_runs_on():
+    """The paper's variant against a token-by-token loop: the first confident block's logits, all blocks computed."""
+    model, idx, targets = tiny("exit"), tokens(), tokens(seed=2)
+    levels = model(idx)[2]["levels"]
+    row = next(r for r in train.sweep_exits(model, (idx, targets)) if r["threshold"] == 0.4)
+    total = 0
+    for b in range(3):
+        for t in range(16):
+            confident = [l for l in (1, 2) if levels[l][b, t].softmax(0).max() > 0.4]
+            total -= levels[confident[0] if confident else 3][b, t].log_softmax(0)[targets[b, t]].item()
+    assert abs(row["val_loss_frozen"] - total / 48) < 1e-4 and row["val_loss_frozen"] != row["val_loss"]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Command lines
+
+@pytest.fixture
+def finished(text_file, tmp_path):
+    assert run_train("--data", text_file, "--max_iters", 2, "--out_dir", tmp_path / "run") == 0
+    return tmp_path / "run"
+
+
+def one_line(capsys, *words):
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "Traceback" not in error, error
+    assert all(word in error for word in words), error
+
+
+@pytest.mark.parametrize("content, words", [
+    (None, ["not a file"]), (b"", ["empty"]), (b"aaaa" * 99, ["one character"]), (b"abcdef" * 9, ["block_size"]),
+    (b"ab\xff" * 999, ["UTF-8"]), ("folder", ["not a file"]),
+])
+def test_bad_text_is_one_line(tmp_path, capsys, content, words):
+    """A missing, empty, monotonous, short, binary text or a folder: say so, and leave no run behind."""
+    path = tmp_path / "text"
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    assert run_train("--data", path, "--out_dir", tmp_path / "run") == 2
+    one_line(capsys, *words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--n_head", 3], ["n_head 3", "n_embd 16"]), (["--n_layer", 1], ["n_layer"]), (["--device", "abacus"], ["--device abacus"]),
+    (["--model", "dense", "--lam", 1], ["--lam"]), (["--data", "copy"], ["--block_size"]), (["--dropout", "nan"], ["--dropout"]),
+    (["--gate", "ajar"], ["--gate", "soft"]), (["--max_iters", "many"], ["--max_iters", "many"]),
+    *((["--" + name, value], ["--" + name]) for name in ("n_layer", "n_embd", "batch_size", "max_iters") for value in (0, -1)),
+])
+def test_bad_flags_are_one_line(text_file, tmp_path, capsys, flags, words):
+    """Nonsense in a flag is answered by its name, with status 2."""
+    try:
+        status = run_train("--data", text_file, "--out_dir", tmp_path / "run", *flags)
+    except SystemExit as end:
+        status = end.code
+    assert status == 2
+    one_line(capsys, *words)
+
+
+def test_folder_that_holds_a_run_is_refused(finished, text_file, capsys):
+    """The two ways out are named, and nothing is lost."""
+    capsys.readouterr()
+    before = (finished / "ckpt.pt").read_bytes()
+    assert run_train("--data", text_file, "--out_dir", finished) == 2
+    one_line(capsys, "--resume", "--fresh")
+    assert run_train("--data", text_file, "--out_dir", finished, "--resume", "--lam", 0.5) == 2
+    one_line(capsys, "--lam 0.5", "0.001")
+    text_file.write_text("other characters " * 99)
+    (finished / "result.json").unlink()
+    assert train.main(["--resume", "--out_dir", str(finished)]) == 2
+    one_line(capsys, "has changed")
+    assert (finished / "ckpt.pt").read_bytes() == before
+
+
+def test_folder_that_cannot_be_written_is_one_line(text_file, tmp_path, capsys):
+    """A file in the way of the output folder."""
+    (tmp_path / "out").write_text("")
+    assert run_train("--data", text_file, "--out_dir", tmp_path / "out" / "run") == 2
+    one_line(capsys, str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda b: None, ["cannot be read"]), (lambda b: b[:-100], ["damaged"]), (lambda b: b"", ["damaged"]),
+    (lambda b: b[:len(b) // 2] + bytes([b[len(b) // 2] ^ 1]) + b[len(b) // 2 + 1:], ["damaged"]),
+])
+def test_bad_checkpoint_is_one_line(finished, capsys, damage, words):
+    """Missing, truncated, empty, one bit flipped."""
+    path, content = finished / "ckpt.pt", damage((finished / "ckpt.pt").read_bytes())
+    path.unlink() if content is None else path.write_bytes(content)
+    capsys.readouterr()
+    assert sample.main(["--ckpt", str(path)]) == 2
+    one_line(capsys, *words)
+
+
+def test_foreign_checkpoint_runs_no_code(tmp_path, capsys):
+    """A pickle can run anything when it is loaded: ours is loaded as plain data or not at all."""
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "exploded"),)
+    for content in (Bomb(), {"model": {}}, [1, 2]):
+        torch.save(content, tmp_path / "ckpt.pt")
+        assert sample.main(["--ckpt", str(tmp_path / "ckpt.pt")]) == 2
+        one_line(capsys, "not a checkpoint")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_unknown_prompt_character_is_named(finished, capsys):
+    """Not a KeyError: the line names the characters, in any terminal."""
+    capsys.readouterr()
+    assert sample.main(["--ckpt", str(finished / "ckpt.pt"), "--prompt", "The §"]) == 2
+    assert "'\\xa7'" in capsys.readouterr().err
+
+
+def test_both_programs_run_as_programs(text_file, tmp_path):
+    """As a user starts them, from another folder, with a plain-ASCII terminal: train, then sample the newest run."""
+    def run(program, *flags):
+        environment = os.environ | {"PYTHONIOENCODING": "ascii:strict", "CUDA_VISIBLE_DEVICES": ""}
+        return subprocess.run([sys.executable, str(HERE / program), *flags], cwd=tmp_path, env=environment,
+                              capture_output=True, text=True, timeout=120)
+    text_file.write_text("häuser über flüsse\n" * 60, encoding="utf-8")
+    done = run("train.py", "--data", str(text_file), "--n_layer", "2", "--n_embd", "16", "--block_size", "16",
+               "--max_iters", "2", "--model", "exit")
+    assert done.returncode == 0 and "ln(12)" in done.stdout, done.stderr
+    done = run("sample.py", "--max_new_tokens", "40", "--num", "2", "--temperature", "0", "--prompt", "h")
+    assert done.returncode == 0 and done.stdout.count("h") >= 2, done.stderr

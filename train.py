@@ -1,0 +1,518 @@
+"""
+Train one model and score it: python train.py
+
+Reads top to bottom: flags, helpers, then main, which is one flat run. Each step is a function of (seed, step) alone,
+so a resumed run is the undisturbed one, and evaluation or sampling cannot change what is learned.
+"""
+import argparse
+import csv
+import ctypes
+import io
+import json
+import math
+import signal
+import statistics
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+import data
+from tsa import Config, GATES, MODELS, UserError, build, default_run, generate, macs_saved, tlops_saved
+
+PRESETS = {     # minutes on a laptop; the paper's section 2
+    "laptop": dict(n_layer=6, n_head=4, n_embd=128, block_size=128, batch_size=32, max_iters=1000, learning_rate=1e-3,
+                   dropout=0.0, lam=0.001, eval_interval=100),
+    "paper": dict(n_layer=6, n_head=8, n_embd=256, block_size=128, batch_size=64, max_iters=5000, learning_rate=3e-4,
+                  dropout=0.1, lam=0.001, eval_interval=250),
+}
+# The synthetic tasks have the paper's sizes in both presets.
+TASK_PRESET = dict(n_head=4, n_embd=128, block_size=64, batch_size=256, max_iters=390, lam=0.01, eval_interval=39)
+LOG_INTERVAL = 20
+LOG_COLUMNS = ("step", "loss", "task_loss", "depth_loss", "alpha_by_block", "tokens_per_s", "train_loss", "val_loss",
+               "train_loss_executed", "val_loss_executed", "alpha_executed", "tlops_saved", "macs_saved")
+TABLE_COLUMNS = ("run", "data", "n_layer", "n_embd", "lam", "seed", "step", "val_loss", "val_loss_executed", "alpha",
+                 "alpha_executed", "tlops_saved_executed", "macs_saved_executed", "tokens_per_s")
+EXECUTED = "gathered"   # how inference runs when it is scored
+EVAL_WINDOWS = 64       # scored while training, always the same; the end scores the whole validation split
+THRESHOLDS = (.99, .95, .90, .85, .80, .75, .70, .65, .60, .55, .50, .40, .30)      # the paper's early-exit sweep
+MEANINGLESS = {"dense": ("gate", "lam", "gate_bias", "threshold"), "tsa": (), "exit": ("gate", "lam", "gate_bias")}
+MAY_DIFFER = ("device", "eval_interval", "out_dir")     # on --resume; everything else makes another run
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Flags. They are None when not given, so that a preset or a resumed run can fill them in.
+
+class Parser(argparse.ArgumentParser):
+    """One line for a mistake, where argparse would print the usage first."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def number(kind, low, high):
+    """An argparse type: an int or float in [low, high]."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+    parse.__name__ = kind.__name__      # argparse names the type when the text is no number at all
+    return parse
+
+
+def parse_args(argv):
+    size, share = number(int, 1, 1_000_000), number(float, 0, 1)
+    parser = Parser(prog="train.py", description="Train a Token-Selective Attention model, or one to compare it with.")
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", choices=MODELS, help="dense: plain; tsa: learned routing (default); exit: early exit")
+    group.add_argument("--gate", choices=GATES, help="tsa: what training sees and inference runs (default soft, the paper's)")
+    group.add_argument("--lam", type=number(float, 0, 1000), help="tsa: weight of the depth loss (default 0.001)")
+    group.add_argument("--gate_bias", type=number(float, -50, 50), help="tsa: initial bias of the routers (default -1)")
+    group.add_argument("--threshold", type=share, help="tsa: halt above this probability (default 0.5); "
+                                                       "exit: leave above this confidence (default 0.9)")
+    group.add_argument("--n_layer", type=size, help="blocks (default 6)")
+    group.add_argument("--n_head", type=size, help="attention heads (laptop 4, paper 8)")
+    group.add_argument("--n_embd", type=size, help="channels (laptop 128, paper 256)")
+    group.add_argument("--block_size", type=size, help="context in characters (default 128)")
+    group.add_argument("--dropout", type=number(float, 0, 0.99), help="dropout (laptop 0, paper 0.1)")
+    group = parser.add_argument_group("training")
+    group.add_argument("--preset", choices=PRESETS, help="defaults for the flags; laptop, or paper on a GPU")
+    group.add_argument("--data", help="shakespeare, stdlib, copy, sort, or a text file (default shakespeare, else stdlib)")
+    group.add_argument("--batch_size", type=size, help="windows a step (laptop 32, paper 64)")
+    group.add_argument("--max_iters", type=size, help="steps (laptop 1000, paper 5000)")
+    group.add_argument("--learning_rate", type=number(float, 0, 10), help="at the start; a cosine takes it to a tenth "
+                                                                          "(laptop 1e-3, paper 3e-4)")
+    group.add_argument("--seed", type=number(int, 0, 2**31), help="of everything random (default 0)")
+    group = parser.add_argument_group("running")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, mps ... (default: the best there is)")
+    group.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the blocks in training (default: bfloat16 "
+                                                                        "where the processor multiplies in it)")
+    group.add_argument("--compile", action="store_const", const=True, help="torch.compile the model")
+    group.add_argument("--eval_interval", type=size, help="steps between evaluations, each saved (laptop 100, paper 250)")
+    group.add_argument("--out_dir", help="folder of the run (default out/DATA-MODEL-GATE)")
+    group.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint, if any")
+    group.add_argument("--fresh", action="store_true", help="start over in a folder that holds a run")
+    group.add_argument("--table", metavar="DIR", help="print the finished runs below DIR, write DIR/results.csv, and end")
+    return parser.parse_args(argv)
+
+
+def resolve(given, data_name, device):
+    """The flags of a new run: what the user gave, else the preset, else the paper's; None where meaningless."""
+    flags = dict(model="tsa", gate="soft", gate_bias=-1.0, threshold=None, seed=0, compile=False)
+    flags["preset"] = given["preset"] or ("paper" if device.startswith("cuda") else "laptop")
+    flags |= PRESETS[flags["preset"]]
+    if data_name in data.TASKS:
+        flags |= TASK_PRESET
+    flags["dtype"] = "bfloat16" if multiplies_in_bfloat16(device) else "float32"
+    flags |= {flag: value for flag, value in given.items() if value is not None}
+    flags |= {"data": data_name, "device": device}
+    if flags["threshold"] is None:
+        flags["threshold"] = {"dense": None, "tsa": 0.5, "exit": 0.9}[flags["model"]]
+    for flag in MEANINGLESS[flags["model"]]:
+        if given[flag] is not None:
+            raise UserError(f"--{flag} means nothing to --model {flags['model']}: leave it out")
+        flags[flag] = None
+    return flags
+
+
+def resolve_resumed(given, flags, out_dir):
+    """The flags of the run that goes on; UserError where the user now asks for another run."""
+    for flag, value in given.items():
+        if value not in (None, flags[flag]) and flag not in MAY_DIFFER:
+            raise UserError(f"--{flag} {value} contradicts the run in {out_dir} ({flags[flag]}): leave it out, "
+                            f"or choose another --out_dir")
+    return flags | {flag: given[flag] for flag in MAY_DIFFER if given[flag] is not None}
+
+
+def pick_device(name):
+    """The device of that name, tried; without a name cuda, else mps, else cpu."""
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).item()
+    except Exception as error:      # torch raises several kinds
+        raise UserError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}): leave it out, or cpu")
+    return name
+
+
+def multiplies_in_bfloat16(device):
+    """Without matrix units for it, bfloat16 is no faster than float32: on AVX512-BF16 alone it took twice as long."""
+    return torch.cpu.get_capabilities().get("amx_bf16", False) if device == "cpu" else device.startswith("cuda")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Checkpoints and logs
+
+def load_checkpoint(path, device="cpu"):
+    """ckpt.pt -> the model on `device`, in eval mode, and the dictionary that main saved."""
+    try:
+        with zipfile.ZipFile(path) as archive:      # torch does not check the sums that it writes
+            damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"{damaged} is damaged")
+        saved = torch.load(path, map_location=device, weights_only=True)
+        model = build(Config(**saved["config"]))
+        model.load_state_dict(saved["model"])
+        saved["vocab"], saved["flags"], saved["step"], saved["optimizer"], saved["prompt"]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): train first, or give another checkpoint")
+    except Exception as error:      # damaged and foreign files fail in many ways
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} is damaged or not a checkpoint of train.py ({reason[:100]})")
+    return model.to(device).eval(), saved
+
+
+def save_checkpoint(path, **contents):
+    buffer = io.BytesIO()
+    torch.save(contents, buffer)
+    data.write_atomic(path, buffer.getvalue())
+
+
+def write_csv(path, rows):
+    """A list of dictionaries -> a csv whose columns are the first one's keys."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    data.write_atomic(path, text.getvalue().encode("utf-8"))
+
+
+def read_csv(path):
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def print_table(folder):
+    """The finished runs below `folder`, a line each; everything that is known of them goes to results.csv."""
+    paths = sorted(Path(folder).rglob("result.json"))
+    if not paths:
+        raise UserError(f"--table {folder}: there is no finished run (result.json) below it")
+    rows = [{"run": path.parent.as_posix(), **json.loads(path.read_text(encoding="utf-8"))} for path in paths]
+    lines = [TABLE_COLUMNS]
+    for row in rows:
+        cells = [row[column] for column in TABLE_COLUMNS]
+        cells = ["-" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells]
+        lines.append(cells)
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
+    columns = dict.fromkeys(column for row in rows for column in row)       # early exit and the tasks have more
+    write_csv(Path(folder) / "results.csv", [dict.fromkeys(columns) | row for row in rows])
+    return 0
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+@torch.no_grad()
+def evaluate(model, windows, run, batch_size=64):
+    """
+    Score windows (idx, targets), both (n, T), in float32. Returns a dictionary: loss, a mean over the scored
+    characters; alpha, the mean gate of the blocks 1 ... L-1, and alpha_by_block; alpha_executed, the share of those
+    token-blocks whose gate is not 0, and what it saves; for tasks accuracies, and alpha over the scored characters.
+    """
+    model.eval()
+    idx, targets = windows
+    loss = hits = whole = gates_sum = gates_scored = ran = 0
+    for x, y in zip(idx.split(batch_size), targets.split(batch_size)):
+        logits, _, stats = model(x, run=run)
+        scored, right, gates = y >= 0, logits.argmax(-1) == y, stats["gates"]
+        loss += F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=-1, reduction="sum")
+        hits += (right & scored).sum()
+        whole += (right | ~scored).all(1).sum()
+        gates_sum += gates.sum((1, 2))                                                     # (L,)
+        gates_scored += (gates * scored).sum((1, 2))
+        ran += (gates > 0).sum((1, 2))
+    model.train()
+    n_scored, n_gated = (targets >= 0).sum(), max(len(ran) - 1, 1)
+    ran = (ran / idx.numel()).tolist()
+    alpha_executed = sum(ran[1:]) / n_gated
+    return {
+        "loss": (loss / n_scored).item(),
+        "alpha": (gates_sum[1:].sum() / idx.numel() / n_gated).item(),
+        "alpha_by_block": (gates_sum[1:] / idx.numel()).tolist(),
+        "alpha_executed": alpha_executed,
+        "tlops_saved": tlops_saved(ran),
+        "macs_saved": macs_saved(model.config, ran),
+        "token_accuracy": (hits / n_scored).item(),
+        "sequence_accuracy": (whole / len(idx)).item(),
+        "alpha_scored": (gates_scored[1:].sum() / n_scored / n_gated).item(),
+    }
+
+
+@torch.no_grad()
+def sweep_exits(model, windows, batch_size=64):
+    """
+    Early exit at each of the paper's THRESHOLDS: executed, and beside it as val_loss_frozen the variant of the
+    paper's code, where an exited token keeps its logits but still runs through every block, so that nothing is saved.
+    """
+    model.eval()
+    idx, targets = windows
+    frozen = dict.fromkeys(THRESHOLDS, 0)
+    for x, y in zip(idx.split(batch_size), targets.split(batch_size)):
+        levels = torch.stack(model(x)[2]["levels"])                                        # (L, B, T, V)
+        confidence = F.softmax(levels, dim=-1).amax(-1)                                    # (L, B, T)
+        for threshold in THRESHOLDS:
+            leaves = confidence > threshold
+            leaves[0], leaves[-1] = False, True
+            block = leaves.float().argmax(0)                                               # (B, T), the first to leave
+            logits = levels.gather(0, block[None, :, :, None].expand_as(levels[:1]))[0]
+            frozen[threshold] += F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=-1, reduction="sum")
+    rows, own = [], model.config.threshold
+    for threshold in THRESHOLDS:
+        model.config.threshold = threshold
+        score = evaluate(model, windows, EXECUTED)
+        rows.append({"threshold": threshold, "val_loss": score["loss"], "alpha": score["alpha_executed"],
+                     "tlops_saved": score["tlops_saved"], "macs_saved": score["macs_saved"],
+                     "val_loss_frozen": (frozen[threshold] / (targets >= 0).sum()).item()})
+    model.config.threshold = own
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Pieces of a run
+
+def keep_freed_memory():
+    """
+    glibc hands every buffer over 32 MB back to the system and has it again, page by page, for the next layer: on a
+    CPU a third of a step. Tell it to keep them (mallopt(3): M_MMAP_MAX is -4, M_TRIM_THRESHOLD is -1).
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-4, 0)
+        libc.mallopt(-1, 2**31 - 1)
+
+
+def seed_step(seed, step):
+    """All randomness of a step (batch, dropout, gate noise) follows from these two; step 0 is the initialisation."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
+
+
+def make_optimizer(model, learning_rate):
+    """AdamW as in the paper: weight decay on matrices only, none on biases, LayerNorms and embeddings."""
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.dim() == 2 and name not in ("wte.weight", "wpe.weight")
+        (matrices if is_matrix else others).append(parameter)
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+def cosine(step, max_iters):
+    """Share of the learning rate that is left at `step`: from 1 at the first to a tenth at the last, no warm-up."""
+    progress = (step - 1) / max(max_iters - 1, 1)
+    return 0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2
+
+
+def stop_on_signal():
+    """From here Ctrl-C and SIGTERM only fill the list returned, which the loop looks at; a second one kills."""
+    received = []
+
+    def handle(number, frame):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+    return received
+
+
+def try_compile(model, step):
+    """torch.compile, tried on one `step`; the model itself, and a line that says why, where that fails."""
+    compiled = torch.compile(model)
+    try:
+        step(compiled)
+    except Exception as error:      # a missing compiler or Triton, an unsupported Python: each fails in its own way
+        print(f"--compile failed ({str(error).splitlines()[0][:100]}); going on without it")
+        return model
+    return compiled
+
+
+def clock(seconds):
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The run
+
+def train(given, resume, fresh):
+    """One run from the flags `given`, None where the user gave none -> exit status."""
+    keep_freed_memory()
+    name = given["model"] or "tsa"
+    out_dir = Path(given["out_dir"] or (f"out/tsa-{given['gate'] or 'soft'}" if name == "tsa" else f"out/{name}"))
+    ckpt_path, log_path, result_path = out_dir / "ckpt.pt", out_dir / "log.csv", out_dir / "result.json"
+    if ckpt_path.exists() and not resume and not fresh:
+        raise UserError(f"{out_dir} holds a run: --resume goes on with it, --fresh starts over, --out_dir takes another")
+
+    # Flags, data, model, optimizer: new, or as the checkpoint has them
+    device = pick_device(given["device"])
+    resume = resume and ckpt_path.exists()
+    if resume:
+        model, saved = load_checkpoint(ckpt_path, device)
+        flags = resolve_resumed(given, saved["flags"], out_dir) | {"device": device}
+        if result_path.exists():
+            print(f"{out_dir} is finished: step {saved['step']} of {flags['max_iters']}")
+            return 0
+        corpus = data.load(flags["data"])
+        if corpus.vocab != saved["vocab"]:
+            raise UserError(f"--data {flags['data']} has changed: its characters are not those of the run in {out_dir}")
+    else:
+        corpus, saved = data.load(given["data"]), {"step": 0, "seconds": 0.0}
+        flags = resolve(given, corpus.name, device)
+        fields = {field: flags[field] for field in Config.__dataclass_fields__ if field != "vocab_size"}
+        seed_step(flags["seed"], 0)
+        model = build(Config(vocab_size=len(corpus.vocab), **fields)).to(device)
+    config, step, max_iters = model.config, saved["step"], flags["max_iters"]
+    corpus.check(config.block_size)
+    corpus.to(device)
+    optimizer = make_optimizer(model, flags["learning_rate"])
+    rows = []
+    if resume:
+        optimizer.load_state_dict(saved["optimizer"])
+        if log_path.exists():       # rows past the checkpoint were written just before a kill: they will come again
+            rows = [row for row in read_csv(log_path) if int(row["step"]) <= step]
+    out_dir.mkdir(parents=True, exist_ok=True)
+    result_path.unlink(missing_ok=True)
+    n_params = sum(parameter.numel() for parameter in model.parameters())
+    print(*(f"{flag}={value}" for flag, value in flags.items() if value is not None))
+    print(f"{config.model}: {n_params:,} parameters on {device}, blocks in {flags['dtype']}; {corpus.describe()}; "
+          f"results go to {out_dir}")
+
+    def forward_backward(model):
+        idx, targets = corpus.batch("train", flags["batch_size"], config.block_size)
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=flags["dtype"] == "bfloat16"):
+            _, loss, stats = model(idx, targets)
+        loss.backward()
+        return loss.detach(), stats
+
+    def evaluate_probes():
+        """A few windows, always the same, scored as trained and as executed -> columns of the log."""
+        columns = {}
+        for split in ("val", "train"):
+            windows = corpus.windows(split, config.block_size, EVAL_WINDOWS)
+            columns[f"{split}_loss"] = evaluate(model, windows, "trained")["loss"]
+            executed = evaluate(model, windows, EXECUTED)
+            columns[f"{split}_loss_executed"] = executed["loss"]
+        return columns | {key: executed[key] for key in ("alpha_executed", "tlops_saved", "macs_saved")}
+
+    def save():
+        write_csv(log_path, rows)
+        save_checkpoint(ckpt_path, config=vars(config), vocab=corpus.vocab, prompt=corpus.prompt, flags=flags, step=step,
+                        model=model.state_dict(), optimizer=optimizer.state_dict(),
+                        seconds=saved["seconds"] + time.time() - began)
+
+    compiled = try_compile(model, forward_backward) if flags["compile"] else model
+    optimizer.zero_grad()
+    began = time.time()
+    if step == 0:
+        rows.append(dict.fromkeys(LOG_COLUMNS) | {"step": 0} | evaluate_probes())
+        print(f"step 0: validation loss {rows[0]['val_loss']:.4f}, where guessing blindly is ln({len(corpus.vocab)}) = "
+              f"{math.log(len(corpus.vocab)):.4f}")
+        save()
+    lap, lap_step, first_step = time.time(), step, step
+    finite = torch.tensor(True, device=device)
+    stop = stop_on_signal()
+    model.train()
+    while step < max_iters and not stop:
+        step += 1
+        seed_step(flags["seed"], step)
+        for group in optimizer.param_groups:
+            group["lr"] = flags["learning_rate"] * cosine(step, max_iters)
+        loss, stats = forward_backward(compiled)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        finite &= torch.isfinite(loss + norm)       # looked at only before a save: else a GPU would wait each step
+
+        evaluates = step % flags["eval_interval"] == 0 or step == max_iters
+        logs = evaluates or step % LOG_INTERVAL == 0
+        if (logs or stop) and not finite:
+            raise UserError(f"the loss is not finite at step {step}: {ckpt_path} keeps the last good step; "
+                            f"start over with a lower --learning_rate")
+        if not logs:
+            continue
+        row = dict.fromkeys(LOG_COLUMNS) | {"step": step, "loss": loss.item(), "task_loss": stats["task_loss"].item()}
+        now = time.time()
+        row["tokens_per_s"] = round((step - lap_step) * flags["batch_size"] * config.block_size / (now - lap))
+        line = f"step {step}/{max_iters}  loss {row['loss']:.4f}"
+        if config.model == "tsa":
+            by_block = stats["gates"].detach()[1:].mean((1, 2)).tolist()
+            row["depth_loss"], row["alpha_by_block"] = stats["depth_loss"].item(), " ".join(f"{a:.3f}" for a in by_block)
+            line += f" = task {row['task_loss']:.4f} + {config.lam:g} * depth {row['depth_loss']:.4f}  " \
+                    f"alpha by block {row['alpha_by_block']}"
+        left = (now - began) / (step - first_step) * (max_iters - step)
+        print(f"{line}  {row['tokens_per_s']:,} tokens/s  {clock(left)} left")
+        if evaluates:
+            row |= evaluate_probes()
+            print("evaluation: val loss {val_loss:.4f} (train {train_loss:.4f}) as trained; {val_loss_executed:.4f} (train "
+                  "{train_loss_executed:.4f}) as executed, where alpha is {alpha_executed:.3f} and {tlops_saved:.1%} of "
+                  "token-layer operations, {macs_saved:.1%} of multiply-adds are saved".format(**row))
+        rows.append(row)
+        if evaluates:
+            save()
+        lap, lap_step = time.time(), step
+    if stop:
+        save()
+        print(f"stopped at step {step} of {max_iters} and saved: the same command with --resume goes on")
+        return 128 + stop[0]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    # The end: the whole validation split, result.json, and a taste of the text
+    seconds = saved["seconds"] + time.time() - began
+    windows = corpus.windows("val", config.block_size)
+    print(f"scoring the whole validation split, {windows[0].numel():,} characters, twice")
+    trained, executed = evaluate(model, windows, "trained"), evaluate(model, windows, EXECUTED)
+    is_tsa = config.model == "tsa"
+    result = {key: flags[key] for key in ("model", "gate", "lam", "gate_bias", "threshold", "seed", "data")}
+    result["n_params"] = n_params
+    result |= {key: flags[key] for key in ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "max_iters",
+                                           "learning_rate", "dropout")}
+    result |= {
+        "step": step, "val_loss": trained["loss"], "val_bpc": trained["loss"] / math.log(2),
+        "alpha": trained["alpha"] if is_tsa else None,
+        "val_loss_executed": executed["loss"], "alpha_executed": executed["alpha_executed"],
+        "alpha_by_block": trained["alpha_by_block"] if is_tsa else None,
+        "tlops_saved_executed": executed["tlops_saved"], "macs_saved_executed": executed["macs_saved"],
+        "tokens_per_s": statistics.median(int(row["tokens_per_s"]) for row in rows if row["tokens_per_s"]),
+        "device": device, "dtype": flags["dtype"], "torch": torch.__version__, "seconds": round(seconds, 1)}
+    if corpus.is_task:
+        result |= {key: trained[key] for key in ("token_accuracy", "sequence_accuracy", "alpha_scored")}
+    if config.model == "exit":
+        print(f"early exit at {len(THRESHOLDS)} thresholds")
+        result["thresholds"] = sweep_exits(model, windows)
+    data.write_atomic(result_path, json.dumps(result, indent=1).encode("utf-8"))
+    print("validation loss {val_loss:.4f} ({val_bpc:.4f} bits per character) as trained; {val_loss_executed:.4f} as executed, "
+          "saving {tlops_saved_executed:.1%} of token-layer operations, {macs_saved_executed:.1%} of multiply-adds; "
+          "{seconds:.0f} s of training".format(**result))
+    print(f"\nA sample (python sample.py --ckpt {ckpt_path} for more):\n{corpus.prompt}", end="")
+    idx = torch.tensor([data.encode(corpus.prompt, corpus.vocab)], device=device)
+    for idx_next, _ in generate(model, idx, 200, top_k=20, run=default_run(config)):
+        print(corpus.vocab[idx_next.item()], end="", flush=True)
+    print()
+    return 0
+
+
+def main(argv=None):
+    sys.stdout.reconfigure(errors="replace")       # a terminal may lack a character; that must not end a run
+    try:
+        args = vars(parse_args(argv))
+        folder, resume, fresh = args.pop("table"), args.pop("resume"), args.pop("fresh")
+        return print_table(folder) if folder else train(args, resume, fresh)
+    except UserError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"train.py: {error.filename}: {error.strerror}; the last checkpoint is as it was", file=sys.stderr)
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        print("train.py: out of memory: choose a smaller --batch_size, --block_size or --n_embd", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

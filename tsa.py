@@ -1,0 +1,419 @@
+"""
+Token-Selective Attention: a character transformer whose tokens choose how deep they go.
+
+From scratch after "Adaptive Computation Depth via Learned Token Routing in Transformers" (arXiv 2605.05222), beside
+the two models to compare it with: the plain transformer, and early exit (Elbayad et al. 2020, arXiv 1910.10073).
+
+The one idea. A *gate* is a number in [0, 1] per token and block that scales both residual updates of the block:
+
+    h = h + gate * attn(ln1(h))                                                                              (1)
+    h = h + gate * ffn(ln2(h))                                                                               (2)
+
+Every model here is a rule that makes gates, and every way of running is a way of applying them:
+
+    dense   no gate: every token takes every block
+    tsa     a router reads h after each block: p = sigmoid(W2 relu(W1 h + b1) + b2), the halting probability;  (3)
+            the gate of the next block is made from p, in the paper gate = 1 - p                               (4)
+    exit    gate = 1 until the token is sure of its next character, then 0 for good                            (5)
+
+A gate of exactly 0 is a skipped token: it keeps its h. It still gives keys and values to the others, so attention
+stays exact, and a skipped block is cheap, not free. `run` says how gates are made and applied:
+
+    "trained"    the gates that training sees (soft ones are never 0, so nothing is skipped)
+    "masked"     the gates of inference, applied by multiplying: saves nothing, and is the reference
+    "gathered"   the same gates, but only the rows with gate > 0 are computed: the same numbers, less work
+
+Shapes: B sequences, T tokens, C = n_embd channels, nh heads of hs = C / nh, V characters, L blocks, and N the
+rows, out of B * T, that a gathered block computes. Left out on purpose: rotary positions, RMSNorm, grouped heads,
+mixture of experts. They do not change the question, which is what a skipped token is worth.
+"""
+from dataclasses import dataclass, replace
+from typing import Optional
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+
+RUNS = ("trained", "masked", "gathered")
+
+
+class UserError(Exception):
+    """A mistake of the user, told in one line that says what to do; the programs print it and exit with status 2."""
+
+
+@dataclass
+class Config:
+    """Sizes and gate settings of one model; the defaults are the paper's for Tiny-Shakespeare (section 2)."""
+    model: str = "tsa"                  # dense, tsa or exit
+    gate: Optional[str] = "soft"        # tsa: a pair of GATES
+    lam: Optional[float] = 0.001        # tsa: weight of the depth loss
+    gate_bias: Optional[float] = -1.0   # tsa: where b2 of equation (3) starts; -1 opens the gates to 0.73
+    threshold: Optional[float] = 0.5    # tsa: halt above this p; exit: leave above this probability
+    vocab_size: int = 65
+    block_size: int = 128               # context: the longest sequence the positions reach
+    n_layer: int = 6
+    n_head: int = 8
+    n_embd: int = 256
+    dropout: float = 0.1
+
+    def __post_init__(self):
+        if self.model not in MODELS:
+            raise UserError(f"model {self.model!r} is unknown: choose one of {', '.join(MODELS)}")
+        if self.model == "tsa" and self.gate not in GATES:
+            raise UserError(f"gate {self.gate!r} is unknown: choose one of {', '.join(GATES)}")
+        if self.n_embd % self.n_head:
+            raise UserError(f"n_head {self.n_head} does not divide n_embd {self.n_embd}: choose another n_head")
+        if self.model != "dense" and self.n_layer < 2:
+            raise UserError(f"{self.model} needs n_layer of 2 or more: block 0 always runs, so there is none to skip")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Gate designs: the place to hack. A design is a pair of functions of the halting probability p (B, T), float32: the
+# gate that training sees, and the gate that inference runs. Return exactly 0 where the token skips the block.
+
+def soft(p, threshold):
+    """The paper's gate in training, equation (4): a scale between 0 and 1 that reaches neither."""
+    return 1 - p
+
+def binary(p, threshold):
+    """The paper's gate at inference: the whole block or nothing."""
+    return (p <= threshold).float()
+
+def skip(p, threshold):
+    """The soft scale stays as it was trained; only the tokens that had nearly halted go."""
+    return (1 - p) * (p <= threshold)
+
+GATES = {           # --gate: (training sees, inference runs)
+    "soft": (soft, binary),
+    "skip": (soft, skip),
+}
+
+
+class Router(nn.Module):
+    """The gate MLP, equation (3): (B, T, C) -> (B, T), each token's probability of halting before the next block."""
+
+    def __init__(self, config):
+        super().__init__()
+        hidden = max(config.n_embd // 4, 16)
+        self.fc = nn.Linear(config.n_embd, hidden)
+        self.out = nn.Linear(hidden, 1)
+        nn.init.constant_(self.out.bias, config.gate_bias)
+
+    def forward(self, h):
+        # h comes without a LayerNorm: how far the residual stream has grown is itself a sign of depth.
+        hidden = F.relu_(self.fc(h)).float()
+        # Always float32 from here, written as a sum so that autocast leaves it alone: near p = 1, bf16 would round
+        # 1 - p to 0 and skip tokens that should not be.
+        logit = (hidden * self.out.weight.float()).sum(-1) + self.out.bias.float()
+        return torch.sigmoid(logit)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The block, masked and gathered
+
+class KV:
+    """One block's keys and values while text is generated: of every token, the skipped ones included."""
+
+    def __init__(self, batch_size, config, like):
+        shape = (batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
+        self.k = torch.empty(shape, dtype=like.dtype, device=like.device)
+        self.v = torch.empty_like(self.k)
+        self.length = 0
+
+    def append(self, k, v):
+        """k, v (B, nh, T, hs) of T new tokens -> those of all tokens so far."""
+        start, self.length = self.length, self.length + k.size(2)
+        self.k[:, :, start:self.length] = k
+        self.v[:, :, start:self.length] = v
+        return self.k[:, :, :self.length], self.v[:, :, :self.length]
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention, projections without biases."""
+
+    def __init__(self, config):
+        super().__init__()
+        C = config.n_embd
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.query = nn.Linear(C, C, bias=False)            # apart from keys and values: a skipped token needs none
+        self.key_value = nn.Linear(C, 2 * C, bias=False)
+        self.proj = nn.Linear(C, C, bias=False)
+        causal = torch.full((config.block_size, config.block_size), -torch.inf).triu(1)
+        self.register_buffer("causal", causal, persistent=False)    # added to scores: -inf hides what is still to come
+
+    def heads(self, x):
+        return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)                          # (B, nh, T, hs)
+
+    def keys_values(self, x, kv):
+        """x (B, T, C) -> two of (B, nh, S, hs): those of x, or with a cache those of all S tokens so far."""
+        k, v = map(self.heads, self.key_value(x).chunk(2, dim=-1))
+        return (k, v) if kv is None else kv.append(k, v)
+
+    def forward(self, x, kv=None):
+        """x (B, T, C) -> (B, T, C). With `kv`, T tokens are appended to what it holds (T = 1, or it is empty)."""
+        k, v = self.keys_values(x, kv)
+        q = self.heads(self.query(x))
+        p = self.dropout if self.training else 0.0
+        # A single token is the newest and sees everything: no mask.
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=x.size(1) > 1)  # (B, nh, T, hs)
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+    def gathered(self, x, keep, rows, kv=None):
+        """x (B, T, C), of whose tokens the N in keep (B, T), rows (N,) ask -> (N, C). All give keys and values."""
+        B, T, C = x.shape
+        k, v = self.keys_values(x, kv)
+        position, row = rows.unsqueeze(0), rows
+        if B > 1:
+            # Each sequence keeps its own number of tokens: sort them to the front, in order, and cut at the longest, n.
+            # What fills up the shorter ones asks too, and is dropped again before the projection.
+            n = int(keep.sum(1).max())
+            position = (~keep).argsort(dim=1, stable=True)[:, :n]                          # (B, n)
+            row = (position + T * torch.arange(B, device=x.device).unsqueeze(1)).flatten()
+        q = self.query(x.flatten(0, 1).index_select(0, row)).view(B, -1, C)                # (B, n, C)
+        mask = None
+        if T > 1:
+            mask = self.causal[position, :T].unsqueeze(1)                                  # (B, 1, n, T)
+        y = F.scaled_dot_product_attention(self.heads(q), k, v, attn_mask=mask)            # (B, nh, n, hs)
+        y = y.transpose(1, 2)
+        if B > 1:
+            y = y[keep.gather(1, position)]
+        return self.proj(y.reshape(len(rows), C))
+
+
+class FeedForward(nn.Module):
+    """Two layers of width 4C with exact GELU; works on rows of any shape (..., C) -> (..., C)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.drop(self.proj(self.drop(F.gelu(self.fc(x)))))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block whose two residual updates are scaled by a gate, equations (1) and (2)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln1 = nn.LayerNorm(config.n_embd)
+        self.attn = Attention(config)
+        self.ln2 = nn.LayerNorm(config.n_embd)
+        self.ffn = FeedForward(config)
+
+    def forward(self, x, gate=None, kv=None):
+        """x (B, T, C), gate (B, T) or None for the ordinary block -> (B, T, C). Multiplies, so saves nothing."""
+        if gate is None:
+            x = x + self.attn(self.ln1(x), kv)
+            return x + self.ffn(self.ln2(x))
+        gate = gate.to(x.dtype).unsqueeze(-1)                                              # (B, T, 1)
+        x = torch.addcmul(x, gate, self.attn(self.ln1(x), kv))      # x + gate * ..., in one pass over memory
+        return torch.addcmul(x, gate, self.ffn(self.ln2(x)))
+
+    def gathered(self, x, gate, rows, kv=None):
+        """The same numbers, computed for the N rows whose gate is not 0: (B, T, C), (B, T), (N,) -> (B, T, C)."""
+        assert not self.training, "a gathered block draws no dropout: use it in evaluation only"
+        if len(rows) == 0:
+            if kv is not None:
+                self.attn.keys_values(self.ln1(x), kv)
+            return x
+        flat = x.flatten(0, 1)                                                             # (B * T, C)
+        h = flat.index_select(0, rows)                                                     # (N, C)
+        scale = gate.flatten().index_select(0, rows).to(x.dtype).unsqueeze(-1)             # (N, 1)
+        h = torch.addcmul(h, scale, self.attn.gathered(self.ln1(x), gate > 0, rows, kv))
+        h = torch.addcmul(h, scale, self.ffn(self.ln2(h)))
+        return flat.index_copy(0, rows, h).view_as(x)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The three models: one loop over the blocks, and what each does between two blocks
+
+class Transformer(nn.Module):
+    """The plain transformer, and the loop that all three models share."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)      # also the output head (tied)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norms = nn.ModuleList(nn.LayerNorm(config.n_embd) for _ in range(self.n_exits))
+        for embedding in (self.wte, self.wpe):
+            nn.init.normal_(embedding.weight, std=0.02)
+        for block in self.blocks:       # each block adds twice to the residual stream: keep its variance at 1 over 2L
+            for linear in (block.attn.proj, block.ffn.proj):
+                nn.init.normal_(linear.weight, std=0.02 / (2 * config.n_layer) ** 0.5)
+
+    @property
+    def n_exits(self):
+        return 1
+
+    def forward(self, idx, targets=None, run="trained", gates=None, cache=None):
+        """
+        idx (B, T) -> logits (B, T, V) float32, loss (scalar, or None without targets), stats.
+
+        targets (B, T): the next characters, -1 where none is scored. run: see the top of this file. gates (L, B, T):
+        replayed instead of the model's own (which are still computed, so that timings stay honest). cache: a list of
+        L KV, empty for a prefill of T tokens, then T = 1; whole sequences otherwise.
+
+        stats: gates (L, B, T), block 0's all one; levels, the logits at each exit reached; with targets also
+        task_loss and depth_loss, the two parts of the loss.
+        """
+        B, T = idx.shape
+        start = cache[0].length if cache else 0
+        assert start + T <= self.config.block_size, (start, T, self.config.block_size)
+        assert start == 0 or T == 1, (start, T)
+        assert run in RUNS, run
+        position = torch.arange(start, start + T, device=idx.device)
+        x = self.drop(self.wte(idx) + self.wpe(position))                                  # (B, T, C)
+
+        gate, levels, used = None, [], []       # block 0, the stem, always runs: something must read the characters
+        for l, block in enumerate(self.blocks):
+            if gates is not None and l > 0:
+                gate = gates[l]
+            kv = cache[l] if cache else None
+            rows = None
+            if run == "gathered" and gate is not None:
+                rows = gate.flatten().nonzero().squeeze(1)                                 # (N,)
+            if rows is None or len(rows) == B * T:
+                x = block(x, gate, kv)
+            else:
+                x = block.gathered(x, gate, rows, kv)
+            used.append(torch.ones(B, T, device=idx.device) if gate is None else gate)
+            gate = self.after_block(l, x, gate, levels, run)
+
+        stats = {"gates": torch.stack(used), "levels": levels}
+        if targets is None:
+            return levels[-1], None, stats
+        # L = mean over the exits of the cross-entropy + lam * depth loss; one exit but for early exit's training.
+        scored = levels if run == "trained" else levels[-1:]
+        losses = [F.cross_entropy(level.flatten(0, 1), targets.flatten(), ignore_index=-1) for level in scored]
+        loss = stats["task_loss"] = losses[-1]
+        if len(losses) > 1:
+            loss = torch.stack(losses).mean()
+        if self.config.model == "tsa":          # mean over the L-1 routers, batch and position: alpha, with a gradient
+            stats["depth_loss"] = stats["gates"][1:].mean()
+            loss = loss + self.config.lam * stats["depth_loss"]
+        return levels[-1], loss, stats
+
+    def after_block(self, l, x, gate, levels, run):
+        """Called with the x (B, T, C) that block l left: returns the gate of block l + 1, adds logits to levels."""
+        if l == self.config.n_layer - 1:
+            levels.append(self.logits(x))
+        return None
+
+    def logits(self, x, exit=-1):
+        """(..., C) -> (..., V), float32 whatever the blocks ran in."""
+        return F.linear(self.norms[exit](x), self.wte.weight).float()
+
+
+class TSA(Transformer):
+    """A router after every block but the last decides who takes the next one (paper section 1)."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.routers = nn.ModuleList(Router(config) for _ in range(config.n_layer - 1))
+
+    def after_block(self, l, x, gate, levels, run):
+        if l == self.config.n_layer - 1:
+            return super().after_block(l, x, gate, levels, run)
+        training_sees, inference_runs = GATES[self.config.gate]
+        make_gate = training_sees if run == "trained" else inference_runs
+        return make_gate(self.routers[l](x), self.config.threshold)
+
+
+class Exit(Transformer):
+    """
+    Early exit: a LayerNorm per block and the tied head can end a token after every block but the stem. Training
+    takes every exit of every token; at inference a token stops after the first block whose largest softmax
+    probability exceeds the threshold: h is carried up unchanged, and its logits stay those of the block it left.
+    """
+
+    @property
+    def n_exits(self):
+        return self.config.n_layer
+
+    def after_block(self, l, x, gate, levels, run):
+        if run == "trained":
+            levels.append(self.logits(x, l))
+            return None
+        if l == 0:
+            return None
+        logits = self.logits(x, l)
+        if gate is not None:
+            logits = torch.where(gate.unsqueeze(-1) > 0, logits, levels[-1])
+        levels.append(logits)
+        # Equation (5). A token that left is as sure as it was, since its logits stay: it remains out.
+        return (F.softmax(logits, dim=-1).amax(-1) <= self.config.threshold).float()
+
+
+MODELS = {"dense": Transformer, "tsa": TSA, "exit": Exit}
+
+
+def build(config):
+    return MODELS[config.model](config)
+
+
+def default_run(config):
+    """The fastest run that does not hurt. The paper's soft gate hurts: cut to all or nothing, it ruins the text."""
+    return "trained" if config.gate == "soft" else "masked"
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Generation
+
+@torch.no_grad()
+def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, run="masked"):
+    """
+    Continue idx (B, T): yields, a character at a time, idx_next (B, 1) and the gates (L, B) of the token that
+    predicted it. temperature 0 takes the likeliest character. When the window is full, the last block_size // 2
+    characters are kept and read again from position 0.
+    """
+    model.eval()
+    for _ in range(max_new_tokens):
+        if idx.size(1) > model.config.block_size:
+            idx = idx[:, -max(model.config.block_size // 2, 1):]
+        logits, _, stats = model(idx, run=run)
+        logits = logits[:, -1]                                                             # (B, V)
+        if top_k is not None:
+            worst = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+            logits = logits.masked_fill(logits < worst, -torch.inf)
+        if temperature == 0:
+            idx_next = logits.argmax(-1, keepdim=True)
+        else:
+            idx_next = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)       # (B, 1)
+        idx = torch.cat([idx, idx_next], dim=1)
+        yield idx_next, stats["gates"][:, :, -1]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# What was saved. Only executed shares count: `ran` is the share of tokens, block by block, whose gate was not 0.
+
+def tlops_saved(ran):
+    """Token-layer operations saved, 1 - (1 + (L-1) alpha) / L with alpha the mean of ran[1:]; the stem's ran[0] is 1."""
+    return 1 - sum(ran) / len(ran)
+
+
+def macs_per_token(config, ran):
+    """
+    Multiply-adds of the matrix products for one token in a full window. A block is 12 C^2 (query, key, value, output,
+    and 8 for the feed-forward) and T C for an attention row of T / 2 keys on average. A skipped one is 2 C^2: the
+    token's keys and values.
+    """
+    C, V, L = config.n_embd, config.vocab_size, config.n_layer
+    blocks = sum(share * (12 * C * C + config.block_size * C) + (1 - share) * 2 * C * C for share in ran)
+    hidden = max(C // 4, 16)
+    routers = (L - 1) * (C * hidden + hidden) if config.model == "tsa" else 0
+    heads = sum(ran[1:]) if config.model == "exit" else 1       # who took a block asks there whether to leave
+    return blocks + routers + heads * C * V
+
+
+def macs_saved(config, ran):
+    """Share of the multiply-adds of the plain transformer of the same size that was not executed."""
+    dense = replace(config, model="dense")
+    return 1 - macs_per_token(config, ran) / macs_per_token(dense, [1.0] * config.n_layer)
