@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import sample
@@ -68,7 +69,7 @@ def test_parameter_counts_are_the_papers(settings, expected):
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("run", ["trained", "masked"])
+@pytest.mark.parametrize("run", ["trained", "masked", "gathered"])
 def test_no_token_sees_the_future(model, run):
     """A gate or an exit that looked ahead would score well and generate rubbish."""
     model, idx = tiny(model), tokens()
@@ -210,6 +211,96 @@ def test_replayed_gates_are_used():
     gates = torch.bernoulli(torch.full((4, 3, 16), 0.5))
     stats = model(idx, run="masked", gates=gates)[2]
     assert torch.equal(stats["gates"][1:], gates[1:]) and stats["gates"][0].min() == 1
+
+
+KEEP = {
+    "ragged": torch.tensor([[1, 0, 1, 1, 0, 0, 1, 1], [0, 0, 0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0, 0, 0]]),
+    "all": torch.ones(3, 8), "none": torch.zeros(3, 8), "one row": F.one_hot(torch.tensor(13), 24).view(3, 8),
+    "batch of one": torch.tensor([[0, 1, 1, 0, 1, 0, 0, 1]]), "one token": torch.ones(1, 1),
+}
+
+
+@pytest.mark.parametrize("pattern", KEEP)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_gathered_block_equals_masked_block(pattern, dtype, tolerance):
+    """The heart of it: rows that are not computed may not change a number, scales other than 1 included."""
+    keep = KEEP[pattern]
+    gate = (keep * (0.2 + 0.8 * torch.rand(keep.shape, generator=torch.Generator().manual_seed(0)))).to(dtype)
+    block, x = tiny().blocks[1].to(dtype), torch.randn(*keep.shape, 16, dtype=dtype)
+    with torch.no_grad():
+        gathered = block.gathered(x, gate, gate.flatten().nonzero().squeeze(1))
+        torch.testing.assert_close(gathered, block(x, gate), rtol=tolerance, atol=tolerance)
+    assert torch.equal(gathered[keep == 0], x[keep == 0])
+
+
+def test_gathered_block_refuses_to_train():
+    """It draws no dropout, so that training with it would silently be another model."""
+    block, gate = tiny().blocks[1].train(), torch.ones(1, 4)
+    with pytest.raises(AssertionError, match="dropout"):
+        block.gathered(torch.randn(1, 4, 16), gate, torch.arange(4))
+
+
+HARD = [dict(model="dense"), dict(model="tsa", gate="soft"), dict(model="tsa", gate="skip"), dict(model="exit", threshold=0.4)]
+
+
+@pytest.mark.parametrize("settings", HARD)
+def test_gathered_model_equals_masked_model(settings):
+    """Free-running in float64, where rounding flips no gate; and on given gates, whatever the model."""
+    model, idx = tiny(**settings).double(), tokens()
+    masked, gathered = model(idx, run="masked"), model(idx, run="gathered")
+    torch.testing.assert_close(masked[0], gathered[0], rtol=1e-10, atol=1e-10)
+    assert torch.equal(masked[2]["gates"] > 0, gathered[2]["gates"] > 0)
+    if settings["model"] != "dense":
+        assert 0 < (gathered[2]["gates"] > 0).double().mean() < 1
+    gates = torch.rand(4, 3, 16) * torch.bernoulli(torch.full((4, 3, 16), 0.6))
+    masked, gathered = (model(idx, run=run, gates=gates)[0] for run in ("masked", "gathered"))
+    torch.testing.assert_close(masked, gathered, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("settings", HARD)
+def test_cached_text_is_uncached_text(settings):
+    """To the character, past the context twice, for two sequences that skip different tokens, in all three runs."""
+    model, idx = tiny(**settings).double(), tokens(B=2, T=3)
+    for run in ("trained", "masked", "gathered"):
+        drawn = []
+        for cache in (True, False):
+            torch.manual_seed(3)
+            steps = list(generate(model, idx, 40, run=run, cache=cache))
+            drawn.append((torch.cat([step[0] for step in steps], 1), torch.cat([step[1] for step in steps], 1)))
+        assert torch.equal(drawn[0][0], drawn[1][0])
+        torch.testing.assert_close(drawn[0][1], drawn[1][1])
+
+
+def test_skipped_token_is_still_cached():
+    """While decoding, a token that skips every block does its keys and values there, and nothing else."""
+    model, idx = tiny(gate="skip").double(), tokens(B=1)
+    cache = [KV(1, model.config, model.wte.weight) for _ in model.blocks]
+    gates = torch.ones(4, 1, 16)
+    gates[1:, :, 9] = 0
+    whole = model(idx, run="masked", gates=gates)[0]
+    model(idx[:, :9], run="gathered", gates=gates[:, :, :9], cache=cache)
+    with FlopCounterMode(display=False) as counter:
+        model(idx[:, 9:10], run="gathered", gates=gates[:, :, 9:10], cache=cache)
+    stem, routers, head = 2 * 12 * 16 * 16, 3 * 2 * 16 * 16, 2 * 16 * 11       # the counter knows no attention here
+    assert counter.get_total_flops() == stem + routers + head + 3 * 2 * 2 * 16 * 16
+    after = [model(idx[:, t:t + 1], run="gathered", gates=gates[:, :, t:t + 1], cache=cache)[0] for t in range(10, 16)]
+    torch.testing.assert_close(torch.cat(after, 1), whole[:, 10:], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("settings", HARD)
+def test_counted_multiply_adds_are_what_ran(settings):
+    """PyTorch counts the operations of a gathered run: the formula must not promise more than was skipped."""
+    model, idx, gates = tiny(**settings), tokens(B=1), None
+    if settings["model"] == "tsa":
+        gates = torch.bernoulli(torch.full((4, 1, 16), 0.6), generator=torch.Generator().manual_seed(0))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        gates = model(idx, run="gathered", gates=gates)[2]["gates"]
+    ran = (gates > 0).float().mean((1, 2)).tolist()
+    assert min(ran) > 0 and (settings["model"] == "dense" or min(ran) < 1)
+    expected = macs_per_token(model.config, ran)
+    expected -= sum(ran) * 16 * 16              # fused attention on the CPU is not in PyTorch's list,
+    expected -= 16 * len(getattr(model, "routers", []))     # nor is the routers' last layer, a sum
+    assert abs(counter.get_total_flops() / 2 / 16 - expected) < 1e-3
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -588,6 +679,19 @@ def test_unknown_prompt_character_is_named(finished, capsys):
     capsys.readouterr()
     assert sample.main(["--ckpt", str(finished / "ckpt.pt"), "--prompt", "The §"]) == 2
     assert "'\\xa7'" in capsys.readouterr().err
+
+
+def test_bench_writes_its_rows(finished, monkeypatch, capsys):
+    """Every run at every keep fraction and on the model's own gates; nothing but the rows' keys is promised."""
+    monkeypatch.setattr(sample, "BENCH_SECONDS", 0)
+    monkeypatch.setattr(sample, "BATCHES", {"prefill": (1, 3), "decode": (2,)})
+    assert sample.main(["--bench", "--ckpt", str(finished / "ckpt.pt")]) == 0
+    rows = json.loads((finished / "bench.json").read_text())
+    assert len(rows) == 3 * (1 + 2 * 7)
+    assert {"mode", "run", "batch", "block_size", "keep", "dtype", "device", "ms", "ms_low", "ms_high", "tokens_per_s",
+            "speedup", "allowed"} < rows[0].keys()
+    assert all(row["speedup"] == 1 and row["allowed"] == 1 for row in rows if row["run"] == "dense")
+    assert "gates differ" in capsys.readouterr().out
 
 
 def test_both_programs_run_as_programs(text_file, tmp_path):

@@ -280,12 +280,10 @@ class Transformer(nn.Module):
             rows = None
             if run == "gathered" and gate is not None:
                 rows = gate.flatten().nonzero().squeeze(1)                                 # (N,)
-            if rows is None or len(rows) == B * T:
-                x = block(x, gate, kv)
-            else:
-                x = block.gathered(x, gate, rows, kv)
+                rows = None if len(rows) == B * T else rows     # nothing to skip: the plain block is the faster one
+            x = block(x, gate, kv) if rows is None else block.gathered(x, gate, rows, kv)
             used.append(torch.ones(B, T, device=idx.device) if gate is None else gate)
-            gate = self.after_block(l, x, gate, levels, run)
+            gate = self.after_block(l, x, gate, rows, levels, run)
 
         stats = {"gates": torch.stack(used), "levels": levels}
         if targets is None:
@@ -301,8 +299,8 @@ class Transformer(nn.Module):
             loss = loss + self.config.lam * stats["depth_loss"]
         return levels[-1], loss, stats
 
-    def after_block(self, l, x, gate, levels, run):
-        """Called with the x (B, T, C) that block l left: returns the gate of block l + 1, adds logits to levels."""
+    def after_block(self, l, x, gate, rows, levels, run):
+        """After block l, with the x (B, T, C) it left: return the gate (B, T) of block l + 1, add logits to levels."""
         if l == self.config.n_layer - 1:
             levels.append(self.logits(x))
         return None
@@ -319,9 +317,9 @@ class TSA(Transformer):
         super().__init__(config)
         self.routers = nn.ModuleList(Router(config) for _ in range(config.n_layer - 1))
 
-    def after_block(self, l, x, gate, levels, run):
+    def after_block(self, l, x, gate, rows, levels, run):
         if l == self.config.n_layer - 1:
-            return super().after_block(l, x, gate, levels, run)
+            return super().after_block(l, x, gate, rows, levels, run)
         training_sees, inference_runs = GATES[self.config.gate]
         make_gate = training_sees if run == "trained" else inference_runs
         return make_gate(self.routers[l](x), self.config.threshold)
@@ -338,15 +336,19 @@ class Exit(Transformer):
     def n_exits(self):
         return self.config.n_layer
 
-    def after_block(self, l, x, gate, levels, run):
+    def after_block(self, l, x, gate, rows, levels, run):
         if run == "trained":
             levels.append(self.logits(x, l))
             return None
         if l == 0:
             return None
-        logits = self.logits(x, l)
-        if gate is not None:
-            logits = torch.where(gate.unsqueeze(-1) > 0, logits, levels[-1])
+        if levels and rows is not None:
+            logits = self.logits(x.flatten(0, 1).index_select(0, rows), l)                 # (N, V)
+            logits = levels[-1].flatten(0, 1).index_copy(0, rows, logits).view_as(levels[-1])
+        else:
+            logits = self.logits(x, l)                                                     # (B, T, V)
+            if levels and gate is not None:
+                logits = torch.where(gate.unsqueeze(-1) > 0, logits, levels[-1])
         levels.append(logits)
         # Equation (5). A token that left is as sure as it was, since its logits stay: it remains out.
         return (F.softmax(logits, dim=-1).amax(-1) <= self.config.threshold).float()
@@ -361,24 +363,31 @@ def build(config):
 
 def default_run(config):
     """The fastest run that does not hurt. The paper's soft gate hurts: cut to all or nothing, it ruins the text."""
-    return "trained" if config.gate == "soft" else "masked"
+    return "trained" if config.gate == "soft" else "gathered"
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # Generation
 
 @torch.no_grad()
-def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, run="masked"):
+def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, run="gathered", cache=True):
     """
     Continue idx (B, T): yields, a character at a time, idx_next (B, 1) and the gates (L, B) of the token that
     predicted it. temperature 0 takes the likeliest character. When the window is full, the last block_size // 2
-    characters are kept and read again from position 0.
+    characters are kept and read again from position 0. With `cache` a step computes one token per sequence, not the
+    whole window; the text is the same.
     """
     model.eval()
+    kv = None
     for _ in range(max_new_tokens):
         if idx.size(1) > model.config.block_size:
-            idx = idx[:, -max(model.config.block_size // 2, 1):]
-        logits, _, stats = model(idx, run=run)
+            idx, kv = idx[:, -max(model.config.block_size // 2, 1):], None
+        new = idx
+        if cache and kv is not None:
+            new = idx[:, -1:]
+        elif cache:
+            kv = [KV(len(idx), model.config, model.wte.weight) for _ in model.blocks]
+        logits, _, stats = model(new, run=run, cache=kv)
         logits = logits[:, -1]                                                             # (B, V)
         if top_k is not None:
             worst = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
