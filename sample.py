@@ -8,6 +8,7 @@ import json
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -49,7 +50,7 @@ def newest_checkpoint():
 
 
 def write_samples(model, vocab, prompt, args, device):
-    """Stream the samples; returns nothing."""
+    """Print args.num continuations of the prompt as they are drawn; remarks go to stderr, so that text can be piped."""
     idx = torch.tensor([data.encode(prompt, vocab)], device=device)                        # (1, T)
     run = args.run or default_run(model.config)
     if args.run is None and run == "trained":
@@ -68,6 +69,14 @@ def write_samples(model, vocab, prompt, args, device):
               f"of {model.config.n_layer} blocks]", file=sys.stderr)
 
 
+def seconds(call, device):
+    began = time.perf_counter()
+    call()
+    if device != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - began
+
+
 @torch.no_grad()
 def bench(model, text, args, device):
     """
@@ -79,64 +88,60 @@ def bench(model, text, args, device):
     """
     config, dtype = model.config, getattr(torch, args.dtype)
     T, L = config.block_size, config.n_layer
-    plain = Config(**{**vars(config), "model": "dense"})
+    plain = replace(config, model="dense")
     dense, model = build(plain).to(device, dtype).eval(), model.to(device, dtype).eval()
-    rows = []
 
     def prefill(model, idx, run, gates):
-        model(idx, run=run, gates=gates)
+        """-> a function that reads the whole window once"""
+        return lambda: model(idx, run=run, gates=gates)
 
-    def decode(model, idx, run, gates, cache):
-        for kv in cache:
-            kv.length = T // 2
-        for t in range(T // 2, T):
-            model(idx[:, t:t + 1], run=run, gates=None if gates is None else gates[:, :, t:t + 1], cache=cache)
+    def decode(model, idx, run, gates):
+        """-> a function that reads the second half of the window token by token, the first half being cached"""
+        half = T // 2
+        cache = [KV(len(idx), config, model.wte.weight) for _ in range(L)]
+        slices = [slice(0, half)] + [slice(t, t + 1) for t in range(half, T)]
+        gates = [None if gates is None else gates[:, :, s] for s in slices]
+        model(idx[:, slices[0]], run=run, gates=gates[0], cache=cache)
 
-    def seconds(mode, B, *call):
-        if mode == "decode":
-            call += ([KV(B, config, dense.wte.weight) for _ in range(L)],)
-        began = time.perf_counter()
-        (prefill if mode == "prefill" else decode)(*call)
-        if device != "cpu":
-            torch.accelerator.synchronize()
-        return time.perf_counter() - began
+        def read():
+            for kv in cache:
+                kv.length = half
+            for s, gate in zip(slices[1:], gates[1:]):
+                model(idx[:, s], run=run, gates=gate, cache=cache)
+        return read
 
+    rows = []
     for mode, B in [(mode, B) for mode in BATCHES for B in BATCHES[mode]]:
         if text is None:
             idx = torch.randint(config.vocab_size, (B, T), device=device)
         else:
-            idx = text[:B * T].long().repeat(B)[:B * T].view(B, T)
-        cases = {("dense", "none"): (dense, idx, "trained", None)}
-        ran = {("dense", "none"): [1.0] * L}
+            idx = text.repeat(B * T // len(text) + 1)[:B * T].view(B, T).long()
+        prepare = prefill if mode == "prefill" else decode
+        cases = [("dense", "none", [1.0] * L, prepare(dense, idx, "trained", None))]       # run, gates, ran, call
         for run in ("masked", "gathered"):
+            if text is not None:
+                ran = (model(idx, run=run)[2]["gates"] > 0).float().mean((1, 2)).tolist()
+                cases.append((run, "own", ran, prepare(model, idx, run, None)))
             for keep in KEEPS:
                 gates = torch.bernoulli(torch.full((L, B, T), keep, device=device))
-                cases[run, keep] = (model, idx, run, gates)
-                ran[run, keep] = [1.0] + [keep] * (L - 1)
-            if text is not None:
-                cases[run, "own"] = (model, idx, run, None)
-                ran[run, "own"] = (model(idx, run=run)[2]["gates"] > 0).float().mean((1, 2)).tolist()
-        times = {case: [] for case in cases}
-        end = time.perf_counter() + BENCH_SECONDS
-        while len(times["dense", "none"]) < 4 or time.perf_counter() < end:
-            for case, call in cases.items():
-                times[case].append(seconds(mode, B, *call))
-        reference = times["dense", "none"][1:]
-        steps = T // 2 if mode == "decode" else 1
-        for case in cases:
-            run, gates = case
-            low, median, high = (1000 * q / steps for q in statistics.quantiles(times[case][1:], n=4))
-            work = macs_per_token(config if run != "dense" else plain, ran[case] if run == "gathered" else [1.0] * L)
-            rows.append({
-                "mode": mode, "run": run, "batch": B, "block_size": T, "keep": sum(ran[case][1:]) / max(L - 1, 1),
-                "gates": gates if gates in ("own", "none") else "bernoulli", "dtype": args.dtype, "device": device,
-                "ms": median, "ms_low": low, "ms_high": high,
-                "tokens_per_s": 1000 * B * (T if mode == "prefill" else 1) / median,
-                "speedup": statistics.median(a / b for a, b in zip(reference, times[case][1:])),
-                "allowed": macs_per_token(plain, [1.0] * L) / work})
-            print("{mode:8}batch {batch:<4}{run:9}{gates:>10} {keep:.3f}{ms:11.3f} ms ({ms_low:.3f} to {ms_high:.3f})"
-                  "{tokens_per_s:13,.0f} tokens/s  {speedup:.2f}x".format(**rows[-1]), end="")
-            print(f" of {rows[-1]['allowed']:.2f}x allowed, {rows[-1]['speedup'] / rows[-1]['allowed']:.0%}")
+                cases.append((run, "bernoulli", [1.0] + [keep] * (L - 1), prepare(model, idx, run, gates)))
+        rounds, end = [], time.perf_counter() + BENCH_SECONDS
+        while len(rounds) < 4 or time.perf_counter() < end:
+            rounds.append([seconds(call, device) for *_, call in cases])
+        rounds = rounds[1:]                                                                # the first warms up
+        for i, (run, gates, ran, _) in enumerate(cases):
+            times = [1000 * r[i] / (T - T // 2 if mode == "decode" else 1) for r in rounds]
+            low, median, high = statistics.quantiles(times, n=4)
+            work = macs_per_token(plain if run == "dense" else config, ran if run == "gathered" else [1.0] * L)
+            row = {"mode": mode, "run": run, "gates": gates, "batch": B, "block_size": T, "keep": sum(ran[1:]) / max(L - 1, 1),
+                   "dtype": args.dtype, "device": device, "ms": median, "ms_low": low, "ms_high": high,
+                   "tokens_per_s": 1000 * B * (T if mode == "prefill" else 1) / median,
+                   "speedup": statistics.median(r[0] / r[i] for r in rounds),
+                   "allowed": macs_per_token(plain, [1.0] * L) / work}
+            rows.append(row)
+            print("{mode:8} batch {batch:<3} {run:9}{gates:>10} {keep:.3f} {ms:10.3f} ms ({ms_low:.3f} to {ms_high:.3f}) "
+                  "{tokens_per_s:10,.0f} tokens/s  {speedup:.2f}x of {allowed:.2f}x allowed: ".format(**row), end="")
+            print(f"{row['speedup'] / row['allowed']:.0%}")
     window, step = (next(row for row in rows if row["mode"] == mode) for mode in ("prefill", "decode"))
     print(f"A character without the cache costs a window of {T}, {window['ms']:.2f} ms; with it {step['ms']:.2f} ms: "
           f"{window['ms'] / step['ms']:.1f}x faster (dense, batch 1)")

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import sample
 import train
+import tsa
 from tsa import Config, GATES, KV, MODELS, Router, UserError, build, generate, macs_per_token, macs_saved, tlops_saved
 
 HERE = Path(__file__).resolve().parent
@@ -679,6 +680,19 @@ def test_unknown_prompt_character_is_named(finished, capsys):
     capsys.readouterr()
     assert sample.main(["--ckpt", str(finished / "ckpt.pt"), "--prompt", "The §"]) == 2
     assert "'\\xa7'" in capsys.readouterr().err
+
+
+def test_gate_of_the_readme_works_as_printed(text_file, tmp_path):
+    """The first thing a hacker tries is the snippet."""
+    snippet = (HERE / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    exec(snippet, vars(tsa))
+    try:
+        flags = ["--gate", "straight", "--lam", 0.01, "--data", text_file, "--max_iters", 3, "--out_dir", tmp_path]
+        assert run_train(*flags) == 0
+        result = json.loads((tmp_path / "result.json").read_text())
+        assert result["gate"] == "straight" and abs(result["val_loss"] - result["val_loss_executed"]) < 1e-5
+    finally:
+        del GATES["straight"]
 
 
 def test_bench_writes_its_rows(finished, monkeypatch, capsys):

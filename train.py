@@ -25,8 +25,8 @@ import data
 from tsa import Config, GATES, MODELS, UserError, build, default_run, generate, macs_saved, tlops_saved
 
 PRESETS = {     # minutes on a laptop; the paper's section 2
-    "laptop": dict(n_layer=6, n_head=4, n_embd=128, block_size=128, batch_size=32, max_iters=1000, learning_rate=1e-3,
-                   dropout=0.0, lam=0.001, eval_interval=100),
+    "laptop": dict(n_layer=6, n_head=4, n_embd=128, block_size=128, batch_size=16, max_iters=1500, learning_rate=1e-3,
+                   dropout=0.0, lam=0.001, eval_interval=150),
     "paper": dict(n_layer=6, n_head=8, n_embd=256, block_size=128, batch_size=64, max_iters=5000, learning_rate=3e-4,
                   dropout=0.1, lam=0.001, eval_interval=250),
 }
@@ -83,8 +83,8 @@ def parse_args(argv):
     group = parser.add_argument_group("training")
     group.add_argument("--preset", choices=PRESETS, help="defaults for the flags; laptop, or paper on a GPU")
     group.add_argument("--data", help="shakespeare, stdlib, copy, sort, or a text file (default shakespeare, else stdlib)")
-    group.add_argument("--batch_size", type=size, help="windows a step (laptop 32, paper 64)")
-    group.add_argument("--max_iters", type=size, help="steps (laptop 1000, paper 5000)")
+    group.add_argument("--batch_size", type=size, help="windows a step (laptop 16, paper 64)")
+    group.add_argument("--max_iters", type=size, help="steps (laptop 1500, paper 5000)")
     group.add_argument("--learning_rate", type=number(float, 0, 10), help="at the start; a cosine takes it to a tenth "
                                                                           "(laptop 1e-3, paper 3e-4)")
     group.add_argument("--seed", type=number(int, 0, 2**31), help="of everything random (default 0)")
@@ -93,8 +93,8 @@ def parse_args(argv):
     group.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the blocks in training (default: bfloat16 "
                                                                         "where the processor multiplies in it)")
     group.add_argument("--compile", action="store_const", const=True, help="torch.compile the model")
-    group.add_argument("--eval_interval", type=size, help="steps between evaluations, each saved (laptop 100, paper 250)")
-    group.add_argument("--out_dir", help="folder of the run (default out/DATA-MODEL-GATE)")
+    group.add_argument("--eval_interval", type=size, help="steps between evaluations, each saved (laptop 150, paper 250)")
+    group.add_argument("--out_dir", help="folder of the run (default out/MODEL-GATE)")
     group.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint, if any")
     group.add_argument("--fresh", action="store_true", help="start over in a folder that holds a run")
     group.add_argument("--table", metavar="DIR", help="print the finished runs below DIR, write DIR/results.csv, and end")
@@ -437,7 +437,7 @@ def train(given, resume, fresh):
             continue
         row = dict.fromkeys(LOG_COLUMNS) | {"step": step, "loss": loss.item(), "task_loss": stats["task_loss"].item()}
         now = time.time()
-        row["tokens_per_s"] = round((step - lap_step) * flags["batch_size"] * config.block_size / (now - lap))
+        row["tokens_per_s"] = round((step - lap_step) * stats["gates"][0].numel() / (now - lap))
         line = f"step {step}/{max_iters}  loss {row['loss']:.4f}"
         if config.model == "tsa":
             by_block = stats["gates"].detach()[1:].mean((1, 2)).tolist()
@@ -502,7 +502,7 @@ def main(argv=None):
     try:
         args = vars(parse_args(argv))
         folder, resume, fresh = args.pop("table"), args.pop("resume"), args.pop("fresh")
-        return print_table(folder) if folder else train(args, resume, fresh)
+        return train(args, resume, fresh) if folder is None else print_table(folder)
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
     except OSError as error:
