@@ -1,16 +1,18 @@
 """
 Text to train on: one file or a synthetic task, as characters, split into train, validation and test.
 
-`load(name)` takes "shakespeare", "stdlib" (the sources of Python's standard library, which are on every machine),
-the path of a UTF-8 text file, or a synthetic task of the paper, "copy" or "sort". Everything is a string of
+`load(name)` takes "shakespeare", "enwik8", "stdlib" (the sources of Python's standard library, which are on every
+machine), the path of a UTF-8 text file, or a synthetic task of the paper, "copy" or "sort". Everything is a string of
 characters: a task's symbols are printable, so vocabulary, sampling and colouring need no special case.
 """
 import hashlib
 import http.client
+import io
 import os
 import sysconfig
 import time
 import urllib.request
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,11 +22,15 @@ import torch
 from tsa import UserError
 
 FOLDER = Path(__file__).resolve().parent / "data"
-SHAKESPEARE = FOLDER / "tinyshakespeare.txt"
-SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-SHAKESPEARE_SIZE = 1_115_394
-SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-DOWNLOAD_SECONDS = 60
+HOMES = {       # file below FOLDER, where it is had from, size in bytes, sha256
+    "shakespeare": ("tinyshakespeare.txt",
+                    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+                    1_115_394, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
+    "enwik8": ("enwik8.zip", "http://mattmahoney.net/dc/enwik8.zip",
+               36_445_475, "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"),
+}
+STALL_SECONDS, DOWNLOAD_SECONDS = 10, 600       # without a byte, and altogether
+ENWIK8_CUTS = 90_000_000, 95_000_000            # the paper's split, in characters
 
 TASKS = ("copy", "sort")
 PAD, BOS, SEP, EOS = ".^|$"                     # the 4 special symbols of the paper's vocabulary of 32
@@ -36,7 +42,7 @@ TRAIN_SEQUENCES, VAL_SEQUENCES = 10_000, 1_000
 @dataclass
 class Data:
     """
-    A corpus, encoded: token i is the character vocab[i]. splits: "train", "val", "test" to int32 tensors, either
+    A corpus, encoded: token i is the character vocab[i]. splits: "train", "val", "test" to integer tensors, either
     one stream of characters (n,) or, for a task, one sequence a row (n, 2 * LENGTH + 3).
     """
     name: str
@@ -110,29 +116,41 @@ def write_atomic(path, content):
         raise
 
 
-def download(url, size, sha256):
-    """The bytes of a file of known size and sha256; UserError if they can't be had within DOWNLOAD_SECONDS."""
+def download(url, size):
+    """The bytes at url, or one more than `size` of them; UserError if they can't be had within DOWNLOAD_SECONDS."""
     content, deadline = bytearray(), time.monotonic() + DOWNLOAD_SECONDS
     try:
-        with urllib.request.urlopen(url, timeout=10) as response:
-            while len(content) <= size and (chunk := response.read(1 << 16)):
+        with urllib.request.urlopen(url, timeout=STALL_SECONDS) as response:
+            while len(content) <= size and (chunk := response.read1(1 << 16)):
                 content += chunk
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"no end after {DOWNLOAD_SECONDS} seconds")
     except (OSError, http.client.HTTPException) as error:
-        raise UserError(f"{url} cannot be downloaded ({error})")
-    if not intact(content, size, sha256):
-        raise UserError(f"{url} sent another file than expected (size or sha256 differs)")
+        raise UserError(f"{url} cannot be downloaded ({' '.join(str(error).split())})")    # some span lines
     return content
 
 
-def intact(content, size, sha256):
-    return len(content) == size and hashlib.sha256(content).hexdigest() == sha256
+def fetch(name):
+    """The verified bytes of one of HOMES, from FOLDER or, the first time, from its home."""
+    file, url, size, sha256 = HOMES[name]
+    path, is_new = FOLDER / file, not (FOLDER / file).exists()
+    way_out = f"put it at {path} by hand, or use --data stdlib"
+    try:
+        content = download(url, size) if is_new else path.read_bytes()
+    except UserError as error:
+        raise UserError(f"{error}; {way_out}")
+    if len(content) != size or hashlib.sha256(content).hexdigest() != sha256:
+        wrong = f"{url} sent another file" if is_new else f"{path} is damaged or another file: delete it"
+        raise UserError(f"{wrong} (size or sha256 differs); {way_out}")
+    if is_new:
+        FOLDER.mkdir(exist_ok=True)
+        write_atomic(path, content)
+    return content
 
 
 def read_text(path):
     if not path.is_file():      # a folder, or a pipe that would never end, is not one either
-        raise UserError(f"--data {path} is not a file: give a text file, shakespeare, stdlib, copy or sort")
+        raise UserError(f"--data {path} is not a file: give a text file, shakespeare, enwik8, stdlib, copy or sort")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -141,39 +159,26 @@ def read_text(path):
         raise UserError(f"--data {path} cannot be read ({error.strerror})")
 
 
-def read_shakespeare():
-    if not SHAKESPEARE.exists():
-        try:
-            content = download(SHAKESPEARE_URL, SHAKESPEARE_SIZE, SHAKESPEARE_SHA256)
-        except UserError as error:
-            raise UserError(f"{error}; put Tiny-Shakespeare at {SHAKESPEARE} by hand, or use --data stdlib")
-        SHAKESPEARE.parent.mkdir(exist_ok=True)
-        write_atomic(SHAKESPEARE, content)
-    text = read_text(SHAKESPEARE)
-    if not intact(text.encode("utf-8"), SHAKESPEARE_SIZE, SHAKESPEARE_SHA256):
-        raise UserError(f"{SHAKESPEARE} is damaged (size or sha256 differs): delete it, to have it downloaded again")
-    return text
-
-
 def read_stdlib():
     """The top-level modules of the standard library, one after the other (4.7 million characters in Python 3.11)."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     return "".join(file.read_text(encoding="utf-8") for file in files)
 
 
-def text_data(name, text):
-    """Sorted vocabulary, and the paper's split: 80% train, 10% validation, 10% test, in order."""
+def text_data(name, text, cuts=None):
+    """Sorted vocabulary; train, validation and test in order, cut at two characters: else 80%, 10% and 10%."""
     codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    del text        # 400 MB for enwik8
     present = np.zeros(0x110000, dtype=bool)
     present[codes] = True
     code_of_token = np.flatnonzero(present)
     if len(code_of_token) < 2:
         raise UserError(f"--data {name} is empty or repeats one character: there is nothing to learn in it")
-    token_of_code = np.zeros(0x110000, dtype=np.int32)
+    token_of_code = np.zeros(0x110000, dtype=np.int16 if len(code_of_token) < 2**15 else np.int32)
     token_of_code[code_of_token] = np.arange(len(code_of_token))
     vocab = "".join(map(chr, code_of_token))
     tokens = torch.from_numpy(token_of_code[codes])
-    a, b = int(0.8 * len(tokens)), int(0.9 * len(tokens))
+    a, b = cuts or (int(0.8 * len(tokens)), int(0.9 * len(tokens)))
     splits = {"train": tokens[:a], "val": tokens[a:b], "test": tokens[b:]}
     return Data(name, vocab, "\n" if "\n" in vocab else vocab[0], splits)
 
@@ -196,12 +201,15 @@ def load(name=None):
         return task_data(name)
     if name is None:
         try:
-            return text_data("shakespeare", read_shakespeare())
+            return load("shakespeare")
         except UserError as error:
             print(f"{error}. Going on with stdlib, the sources of Python's standard library.")
             name = "stdlib"
     if name == "stdlib":
         return text_data(name, read_stdlib())
     if name == "shakespeare":
-        return text_data(name, read_shakespeare())
+        return text_data(name, fetch(name).decode("utf-8"))
+    if name == "enwik8":        # raw XML; the loss is per unicode character
+        with zipfile.ZipFile(io.BytesIO(fetch(name))) as archive:
+            return text_data(name, archive.read("enwik8").decode("utf-8"), ENWIK8_CUTS)
     return text_data(name, read_text(Path(name)))

@@ -2,6 +2,7 @@
 python -m pytest -q      Offline, on the CPU. In the order of tsa.py, then data.py, train.py and the command lines.
 """
 import hashlib
+import io
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -397,8 +399,11 @@ def server():
     """A server on loopback that sends what it is told to."""
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
+            time.sleep(self.server.pause)
             self.send_response(self.server.status)
-            self.send_header("Content-Length", str(self.server.length or len(self.server.body)))
+            if self.server.status == 302:
+                self.send_header("Location", self.path)
+            self.send_header("Content-Length", str(len(self.server.body) if self.server.length is None else self.server.length))
             self.end_headers()
             self.wfile.write(self.server.body)
 
@@ -406,46 +411,62 @@ def server():
             pass
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
-    server.status, server.body, server.length = 200, b"", None
+    server.status, server.body, server.length, server.pause = 200, b"", None, 0
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
 
 
-@pytest.fixture
-def shakespeare_from(server, tmp_path, monkeypatch):
-    """data.py with a made-up Shakespeare whose home is the server."""
-    text = ("To be, or not to be, that is the question.\n" * 40).encode()
-    server.body = text
-    monkeypatch.setattr(data, "SHAKESPEARE", tmp_path / "data" / "tinyshakespeare.txt")
-    monkeypatch.setattr(data, "SHAKESPEARE_URL", f"http://127.0.0.1:{server.server_port}/input.txt")
-    monkeypatch.setattr(data, "SHAKESPEARE_SIZE", len(text))
-    monkeypatch.setattr(data, "SHAKESPEARE_SHA256", hashlib.sha256(text).hexdigest())
-    return server
+def serve(server, monkeypatch, folder, name, body):
+    """Make `body` the corpus `name` of data.py, its home the server, its folder one of the test's own."""
+    server.body = body
+    url, sha256 = f"http://127.0.0.1:{server.server_port}/x", hashlib.sha256(body).hexdigest()
+    monkeypatch.setattr(data, "FOLDER", folder / "data")
+    monkeypatch.setitem(data.HOMES, name, (data.HOMES[name][0], url, len(body), sha256))
+    return folder / "data" / data.HOMES[name][0]
 
 
-def test_download_is_verified_and_kept(shakespeare_from):
+VERSE = b"To be, or not to be, that is the question.\n" * 40
+
+
+def test_download_is_verified_and_kept(server, monkeypatch, tmp_path):
     """The first run fetches the file, the second needs no network."""
+    path = serve(server, monkeypatch, tmp_path, "shakespeare", VERSE)
     corpus = data.load("shakespeare")
-    shakespeare_from.status = 404
-    assert data.load().vocab == corpus.vocab and data.SHAKESPEARE.read_bytes() == shakespeare_from.body
-    data.SHAKESPEARE.write_bytes(b"To be, or")
+    server.status = 404
+    assert data.load().vocab == corpus.vocab and path.read_bytes() == VERSE
+    path.write_bytes(b"To be, or")
     with pytest.raises(UserError, match="damaged"):
         data.load("shakespeare")
 
 
-@pytest.mark.parametrize("status, body, length", [(404, None, None), (200, b"another file", None),
-                                                  (200, b"To be, or", 1720), (200, b"x" * 100_000, None)])
-def test_bad_download_leaves_nothing_and_falls_back(shakespeare_from, capsys, status, body, length):
-    """Missing, another, cut and overlong files: nothing half-written stays, and the default run still has a text."""
-    shakespeare_from.status, shakespeare_from.length = status, length
-    shakespeare_from.body = body or shakespeare_from.body
+@pytest.mark.parametrize("status, body, length, pause", [
+    (404, VERSE, None, 0), (200, b"another file", None, 0), (200, VERSE[:9], 1720, 0), (200, b"x" * 100_000, None, 0),
+    (200, VERSE, None, 3), (302, VERSE, None, 0), (200, b"", 0, 0)])
+def test_bad_download_leaves_nothing_and_falls_back(server, monkeypatch, tmp_path, capsys, status, body, length, pause):
+    """Missing, another, cut, overlong, stalling, redirected in circles, empty: nothing stays, and stdlib is read."""
+    path = serve(server, monkeypatch, tmp_path, "shakespeare", VERSE)
+    monkeypatch.setattr(data, "STALL_SECONDS", 0.3)
+    server.status, server.body, server.length, server.pause = status, body, length, pause
+    began = time.monotonic()
     with pytest.raises(UserError, match="--data stdlib"):
         data.load("shakespeare")
-    assert not data.SHAKESPEARE.parent.exists() or not list(data.SHAKESPEARE.parent.iterdir())
+    assert time.monotonic() - began < 2 and not path.parent.exists()
     assert data.load().name == "stdlib"
     line = capsys.readouterr().out
-    assert "stdlib" in line and str(data.SHAKESPEARE) in line and line.count("\n") == 1
+    assert "stdlib" in line and str(path) in line and line.count("\n") == 1
+
+
+def test_enwik8_is_unpacked_and_cut_by_characters(server, monkeypatch, tmp_path):
+    """A zip of unicode text: verified before it is opened, split at characters, not bytes."""
+    text, packed = "<page>naïve 漢字 🙂</page>\n" * 50, io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("enwik8", text)
+    serve(server, monkeypatch, tmp_path, "enwik8", packed.getvalue())
+    monkeypatch.setattr(data, "ENWIK8_CUTS", (900, 1000))
+    corpus = data.load("enwik8")
+    assert "".join(corpus.vocab[i] for i in corpus.splits["val"]) == text[900:1000]
+    assert [len(corpus.splits[split]) for split in ("train", "val", "test")] == [900, 100, len(text) - 1000]
 
 
 # ----------------------------------------------------------------------------------------------------------------

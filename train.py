@@ -25,7 +25,7 @@ import data
 from tsa import Config, GATES, MODELS, UserError, build, default_run, generate, macs_saved, tlops_saved
 
 PRESETS = {     # minutes on a laptop; the paper's section 2
-    "laptop": dict(n_layer=6, n_head=4, n_embd=128, block_size=128, batch_size=16, max_iters=1500, learning_rate=1e-3,
+    "laptop": dict(n_layer=6, n_head=4, n_embd=128, block_size=128, batch_size=16, max_iters=1800, learning_rate=1e-3,
                    dropout=0.0, lam=0.001, eval_interval=150),
     "paper": dict(n_layer=6, n_head=8, n_embd=256, block_size=128, batch_size=64, max_iters=5000, learning_rate=3e-4,
                   dropout=0.1, lam=0.001, eval_interval=250),
@@ -82,9 +82,10 @@ def parse_args(argv):
     group.add_argument("--dropout", type=number(float, 0, 0.99), help="dropout (laptop 0, paper 0.1)")
     group = parser.add_argument_group("training")
     group.add_argument("--preset", choices=PRESETS, help="defaults for the flags; laptop, or paper on a GPU")
-    group.add_argument("--data", help="shakespeare, stdlib, copy, sort, or a text file (default shakespeare, else stdlib)")
+    group.add_argument("--data", help="shakespeare, enwik8, stdlib, copy, sort, or a text file (default "
+                                       "shakespeare, else stdlib)")
     group.add_argument("--batch_size", type=size, help="windows a step (laptop 16, paper 64)")
-    group.add_argument("--max_iters", type=size, help="steps (laptop 1500, paper 5000)")
+    group.add_argument("--max_iters", type=size, help="steps (laptop 1800, paper 5000)")
     group.add_argument("--learning_rate", type=number(float, 0, 10), help="at the start; a cosine takes it to a tenth "
                                                                           "(laptop 1e-3, paper 3e-4)")
     group.add_argument("--seed", type=number(int, 0, 2**31), help="of everything random (default 0)")
@@ -108,6 +109,8 @@ def resolve(given, data_name, device):
     flags |= PRESETS[flags["preset"]]
     if data_name in data.TASKS:
         flags |= TASK_PRESET
+    if data_name == "enwik8" and flags["preset"] == "paper":
+        flags["block_size"] = 256
     flags["dtype"] = "bfloat16" if multiplies_in_bfloat16(device) else "float32"
     flags |= {flag: value for flag, value in given.items() if value is not None}
     flags |= {"data": data_name, "device": device}
