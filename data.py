@@ -43,12 +43,14 @@ TRAIN_SEQUENCES, VAL_SEQUENCES = 10_000, 1_000
 class Data:
     """
     A corpus, encoded: token i is the character vocab[i]. splits: "train", "val", "test" to integer tensors, either
-    one stream of characters (n,) or, for a task, one sequence a row (n, 2 * LENGTH + 3).
+    one stream of characters (n,) or, for a task, one sequence a row (n, 2 * LENGTH + 3). Nothing here reads "test":
+    it is held back for who needs a text that no decision has seen.
     """
     name: str
     vocab: str
     prompt: str         # what sampling starts from when the user gives nothing
     splits: dict
+    new_tokens: int = 500       # and how much it writes
 
     @property
     def is_task(self):
@@ -60,10 +62,9 @@ class Data:
 
     def to(self, device):
         self.splits = {split: tokens.to(device) for split, tokens in self.splits.items()}
-        return self
 
     def check(self, block_size):
-        """Raise UserError unless every split holds a window of block_size characters and the one after."""
+        """Raise UserError unless validation, the smallest split, holds block_size characters and one more."""
         if self.is_task:
             length = self.splits["val"].size(1) - 1
             if length > block_size:
@@ -192,7 +193,8 @@ def task_data(name):
     bos, sep, eos = (np.full((n, 1), vocab.index(c)) for c in (BOS, SEP, EOS))
     rows = torch.from_numpy(np.concatenate([bos, source, sep, target, eos], axis=1).astype(np.int32))
     prompt = "".join(vocab[i] for i in rows[-1, :LENGTH + 2])
-    return Data(name, vocab, prompt, {"train": rows[:TRAIN_SEQUENCES], "val": rows[TRAIN_SEQUENCES:]})
+    splits = {"train": rows[:TRAIN_SEQUENCES], "val": rows[TRAIN_SEQUENCES:]}
+    return Data(name, vocab, prompt, splits, new_tokens=LENGTH + 1)
 
 
 def load(name=None):

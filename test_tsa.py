@@ -181,7 +181,7 @@ def test_exit_trains_on_the_mean_of_all_exits():
 def test_exit_thresholds_zero_and_one():
     """At 0 everyone leaves after block 1, the first that may; at 1 nobody leaves and the model is the full one."""
     model, idx = tiny("exit"), tokens()
-    full = model(idx)[2]["levels"]
+    full = model(idx)[2]["exit_logits"]
     model.config.threshold = 0.0
     logits, _, stats = model(idx, run="masked")
     torch.testing.assert_close(logits, full[1])
@@ -522,13 +522,36 @@ def test_stopped_run_resumes_to_the_bit(text_file, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(train, "seed_step", stop_at_33)
-    assert run_train(*flags, "--out_dir", tmp_path / "b") == 130
+    monkeypatch.chdir(tmp_path)
+    assert run_train(*flags) == 130
     monkeypatch.setattr(train, "seed_step", seed_step)
-    assert train.main(["--resume", "--out_dir", str(tmp_path / "b")]) == 0
+    assert train.main(["--resume"]) == 0
+    (tmp_path / "out" / "tsa-soft").rename(tmp_path / "b")
     a, b = (torch.load(tmp_path / x / "ckpt.pt", weights_only=True) for x in "ab")
     assert a["step"] == b["step"] == 50
     assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
     assert without_times(tmp_path / "a" / "log.csv") == without_times(tmp_path / "b" / "log.csv")
+
+
+def test_killed_run_resumes_to_the_bit(text_file, tmp_path):
+    """kill -9 leaves no time to save: whatever it hits, the checkpoint is whole and the finished run the same."""
+    flags = ["--data", str(text_file), "--n_layer", "2", "--n_embd", "16", "--n_head", "2", "--block_size", "16",
+             "--batch_size", "4", "--max_iters", "300", "--eval_interval", "5", "--resume", "--out_dir"]
+    assert train.main(flags + [str(tmp_path / "a")]) == 0
+    log = tmp_path / "b" / "log.csv"
+    for wait in (0.05, 0.35):       # from the first checkpoint on
+        run = subprocess.Popen([sys.executable, HERE / "train.py", *flags, tmp_path / "b"], stdout=subprocess.DEVNULL)
+        before = log.stat().st_mtime_ns if log.exists() else 0
+        while run.poll() is None and not (log.exists() and log.stat().st_mtime_ns > before):
+            time.sleep(0.01)
+        time.sleep(wait)
+        run.kill()
+        run.wait()
+    assert not (tmp_path / "b" / "result.json").exists(), "the run ended before it was killed"
+    assert train.main(flags + [str(tmp_path / "b")]) == 0
+    a, b = (torch.load(tmp_path / x / "ckpt.pt", weights_only=True) for x in "ab")
+    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+    assert without_times(tmp_path / "a" / "log.csv") == without_times(log)
 
 
 def test_rows_past_the_checkpoint_are_cut(text_file, tmp_path):
@@ -592,7 +615,7 @@ def test_results_and_table(text_file, tmp_path, capsys):
 def test_frozen_exit_keeps_logits_but_runs_on():
     """The paper's variant against a token-by-token loop: the first confident block's logits, all blocks computed."""
     model, idx, targets = tiny("exit"), tokens(), tokens(seed=2)
-    levels = model(idx)[2]["levels"]
+    levels = model(idx)[2]["exit_logits"]
     row = next(r for r in train.sweep_exits(model, (idx, targets)) if r["threshold"] == 0.4)
     total = 0
     for b in range(3):

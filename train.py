@@ -1,7 +1,7 @@
 """
 Train one model and score it: python train.py
 
-Reads top to bottom: flags, helpers, then main, which is one flat run. Each step is a function of (seed, step) alone,
+Reads top to bottom: flags, helpers, then train, which is one flat run. Each step is a function of (seed, step) alone,
 so a resumed run is the undisturbed one, and evaluation or sampling cannot change what is learned.
 """
 import argparse
@@ -32,16 +32,17 @@ PRESETS = {     # minutes on a laptop; the paper's section 2
 }
 # The synthetic tasks have the paper's sizes in both presets.
 TASK_PRESET = dict(n_head=4, n_embd=128, block_size=64, batch_size=256, max_iters=390, lam=0.01, eval_interval=39)
+CHECKPOINT_KEYS = {"config", "vocab", "prompt", "new_tokens", "flags", "step", "model", "optimizer", "seconds"}
 LOG_INTERVAL = 20
 LOG_COLUMNS = ("step", "loss", "task_loss", "depth_loss", "alpha_by_block", "tokens_per_s", "train_loss", "val_loss",
-               "train_loss_executed", "val_loss_executed", "alpha_executed", "tlops_saved", "macs_saved")
+               "train_loss_executed", "val_loss_executed", "alpha_executed", "tlops_saved_executed",
+               "macs_saved_executed")
 TABLE_COLUMNS = ("run", "data", "n_layer", "n_embd", "lam", "seed", "step", "val_loss", "val_loss_executed", "alpha",
                  "alpha_executed", "tlops_saved_executed", "macs_saved_executed", "tokens_per_s")
-EXECUTED = "gathered"   # how inference runs when it is scored
 EVAL_WINDOWS = 64       # scored while training, always the same; the end scores the whole validation split
 THRESHOLDS = (.99, .95, .90, .85, .80, .75, .70, .65, .60, .55, .50, .40, .30)      # the paper's early-exit sweep
 MEANINGLESS = {"dense": ("gate", "lam", "gate_bias", "threshold"), "tsa": (), "exit": ("gate", "lam", "gate_bias")}
-MAY_DIFFER = ("device", "eval_interval", "out_dir")     # on --resume; everything else makes another run
+MAY_DIFFER = ("device", "eval_interval")        # on --resume; everything else makes another run
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -96,9 +97,10 @@ def parse_args(argv):
     group.add_argument("--compile", action="store_const", const=True, help="torch.compile the model")
     group.add_argument("--eval_interval", type=size, help="steps between evaluations, each saved (laptop 150, paper 250)")
     group.add_argument("--out_dir", help="folder of the run (default out/MODEL-GATE)")
+    group.add_argument("--table", metavar="DIR", help="print the finished runs below DIR, write DIR/results.csv, and end")
+    group = group.add_mutually_exclusive_group()
     group.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint, if any")
     group.add_argument("--fresh", action="store_true", help="start over in a folder that holds a run")
-    group.add_argument("--table", metavar="DIR", help="print the finished runs below DIR, write DIR/results.csv, and end")
     return parser.parse_args(argv)
 
 
@@ -123,13 +125,13 @@ def resolve(given, data_name, device):
     return flags
 
 
-def resolve_resumed(given, flags, out_dir):
+def resolve_resumed(given, flags, device, out_dir):
     """The flags of the run that goes on; UserError where the user now asks for another run."""
     for flag, value in given.items():
-        if value not in (None, flags[flag]) and flag not in MAY_DIFFER:
+        if flag not in MAY_DIFFER and value not in (None, flags[flag]):
             raise UserError(f"--{flag} {value} contradicts the run in {out_dir} ({flags[flag]}): leave it out, "
                             f"or choose another --out_dir")
-    return flags | {flag: given[flag] for flag in MAY_DIFFER if given[flag] is not None}
+    return flags | {"device": device, "eval_interval": given["eval_interval"] or flags["eval_interval"]}
 
 
 def pick_device(name):
@@ -145,14 +147,16 @@ def pick_device(name):
 
 def multiplies_in_bfloat16(device):
     """Without matrix units for it, bfloat16 is no faster than float32: on AVX512-BF16 alone it took twice as long."""
-    return torch.cpu.get_capabilities().get("amx_bf16", False) if device == "cpu" else device.startswith("cuda")
+    if device == "cpu":
+        return torch.cpu.get_capabilities().get("amx_bf16", False)
+    return device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # Checkpoints and logs
 
 def load_checkpoint(path, device="cpu"):
-    """ckpt.pt -> the model on `device`, in eval mode, and the dictionary that main saved."""
+    """ckpt.pt -> the model on `device`, in eval mode, and the dictionary that was saved; UserError if it is no good."""
     try:
         with zipfile.ZipFile(path) as archive:      # torch does not check the sums that it writes
             damaged = archive.testzip()
@@ -161,7 +165,9 @@ def load_checkpoint(path, device="cpu"):
         saved = torch.load(path, map_location=device, weights_only=True)
         model = build(Config(**saved["config"]))
         model.load_state_dict(saved["model"])
-        saved["vocab"], saved["flags"], saved["step"], saved["optimizer"], saved["prompt"]
+        assert CHECKPOINT_KEYS <= saved.keys(), "keys are missing"
+    except UserError:       # a gate of the user's own, no longer in GATES
+        raise
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): train first, or give another checkpoint")
     except Exception as error:      # damaged and foreign files fail in many ways
@@ -258,18 +264,18 @@ def sweep_exits(model, windows, batch_size=64):
     idx, targets = windows
     frozen = dict.fromkeys(THRESHOLDS, 0)
     for x, y in zip(idx.split(batch_size), targets.split(batch_size)):
-        levels = torch.stack(model(x)[2]["levels"])                                        # (L, B, T, V)
+        levels = torch.stack(model(x)[2]["exit_logits"])                                        # (L, B, T, V)
         confidence = F.softmax(levels, dim=-1).amax(-1)                                    # (L, B, T)
         for threshold in THRESHOLDS:
             leaves = confidence > threshold
-            leaves[0], leaves[-1] = False, True
+            leaves[0], leaves[-1] = False, True     # the stem ends no token, the last block takes the rest
             block = leaves.float().argmax(0)                                               # (B, T), the first to leave
             logits = levels.gather(0, block[None, :, :, None].expand_as(levels[:1]))[0]
             frozen[threshold] += F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=-1, reduction="sum")
     rows, own = [], model.config.threshold
     for threshold in THRESHOLDS:
         model.config.threshold = threshold
-        score = evaluate(model, windows, EXECUTED)
+        score = evaluate(model, windows, "gathered")
         rows.append({"threshold": threshold, "val_loss": score["loss"], "alpha": score["alpha_executed"],
                      "tlops_saved": score["tlops_saved"], "macs_saved": score["macs_saved"],
                      "val_loss_frozen": (frozen[threshold] / (targets >= 0).sum()).item()})
@@ -315,12 +321,12 @@ def stop_on_signal():
     """From here Ctrl-C and SIGTERM only fill the list returned, which the loop looks at; a second one kills."""
     received = []
 
-    def handle(number, frame):
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
+    def handle(signum, frame):
+        received.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handle)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, handle)
     return received
 
 
@@ -342,11 +348,11 @@ def clock(seconds):
 # ----------------------------------------------------------------------------------------------------------------
 # The run
 
-def train(given, resume, fresh):
+def train(given, out_dir, resume, fresh):
     """One run from the flags `given`, None where the user gave none -> exit status."""
     keep_freed_memory()
     name = given["model"] or "tsa"
-    out_dir = Path(given["out_dir"] or (f"out/tsa-{given['gate'] or 'soft'}" if name == "tsa" else f"out/{name}"))
+    out_dir = Path(out_dir or (f"out/tsa-{given['gate'] or 'soft'}" if name == "tsa" else f"out/{name}"))
     ckpt_path, log_path, result_path = out_dir / "ckpt.pt", out_dir / "log.csv", out_dir / "result.json"
     if ckpt_path.exists() and not resume and not fresh:
         raise UserError(f"{out_dir} holds a run: --resume goes on with it, --fresh starts over, --out_dir takes another")
@@ -356,7 +362,7 @@ def train(given, resume, fresh):
     resume = resume and ckpt_path.exists()
     if resume:
         model, saved = load_checkpoint(ckpt_path, device)
-        flags = resolve_resumed(given, saved["flags"], out_dir) | {"device": device}
+        flags = resolve_resumed(given, saved["flags"], device, out_dir)
         if result_path.exists():
             print(f"{out_dir} is finished: step {saved['step']} of {flags['max_iters']}")
             return 0
@@ -376,8 +382,8 @@ def train(given, resume, fresh):
     rows = []
     if resume:
         optimizer.load_state_dict(saved["optimizer"])
-        if log_path.exists():       # rows past the checkpoint were written just before a kill: they will come again
-            rows = [row for row in read_csv(log_path) if int(row["step"]) <= step]
+        # Rows past the checkpoint were written just before a kill: they will come again.
+        rows = [row for row in read_csv(log_path) if int(row["step"]) <= step]
     out_dir.mkdir(parents=True, exist_ok=True)
     result_path.unlink(missing_ok=True)
     n_params = sum(parameter.numel() for parameter in model.parameters())
@@ -398,20 +404,22 @@ def train(given, resume, fresh):
         for split in ("val", "train"):
             windows = corpus.windows(split, config.block_size, EVAL_WINDOWS)
             columns[f"{split}_loss"] = evaluate(model, windows, "trained")["loss"]
-            executed = evaluate(model, windows, EXECUTED)
+            executed = evaluate(model, windows, "gathered")
             columns[f"{split}_loss_executed"] = executed["loss"]
-        return columns | {key: executed[key] for key in ("alpha_executed", "tlops_saved", "macs_saved")}
+        return columns | {"alpha_executed": executed["alpha_executed"], "tlops_saved_executed": executed["tlops_saved"],
+                          "macs_saved_executed": executed["macs_saved"]}
 
     def save():
         write_csv(log_path, rows)
-        save_checkpoint(ckpt_path, config=vars(config), vocab=corpus.vocab, prompt=corpus.prompt, flags=flags, step=step,
-                        model=model.state_dict(), optimizer=optimizer.state_dict(),
+        save_checkpoint(ckpt_path, config=vars(config), vocab=corpus.vocab, prompt=corpus.prompt,
+                        new_tokens=corpus.new_tokens, flags=flags, step=step, model=model.state_dict(), optimizer=optimizer.state_dict(),
                         seconds=saved["seconds"] + time.time() - began)
 
+    model.train()
     compiled = try_compile(model, forward_backward) if flags["compile"] else model
     optimizer.zero_grad()
     began = time.time()
-    if step == 0:
+    if not resume:
         rows.append(dict.fromkeys(LOG_COLUMNS) | {"step": 0} | evaluate_probes())
         print(f"step 0: validation loss {rows[0]['val_loss']:.4f}, where guessing blindly is ln({len(corpus.vocab)}) = "
               f"{math.log(len(corpus.vocab)):.4f}")
@@ -419,7 +427,6 @@ def train(given, resume, fresh):
     lap, lap_step, first_step = time.time(), step, step
     finite = torch.tensor(True, device=device)
     stop = stop_on_signal()
-    model.train()
     while step < max_iters and not stop:
         step += 1
         seed_step(flags["seed"], step)
@@ -452,8 +459,9 @@ def train(given, resume, fresh):
         if evaluates:
             row |= evaluate_probes()
             print("evaluation: val loss {val_loss:.4f} (train {train_loss:.4f}) as trained; {val_loss_executed:.4f} (train "
-                  "{train_loss_executed:.4f}) as executed, where alpha is {alpha_executed:.3f} and {tlops_saved:.1%} of "
-                  "token-layer operations, {macs_saved:.1%} of multiply-adds are saved".format(**row))
+                  "{train_loss_executed:.4f}) as executed, where alpha is {alpha_executed:.3f} and "
+                  "{tlops_saved_executed:.1%} of token-layer operations, {macs_saved_executed:.1%} of multiply-adds are "
+                  "saved".format(**row))
         rows.append(row)
         if evaluates:
             save()
@@ -469,7 +477,7 @@ def train(given, resume, fresh):
     seconds = saved["seconds"] + time.time() - began
     windows = corpus.windows("val", config.block_size)
     print(f"scoring the whole validation split, {windows[0].numel():,} characters, twice")
-    trained, executed = evaluate(model, windows, "trained"), evaluate(model, windows, EXECUTED)
+    trained, executed = evaluate(model, windows, "trained"), evaluate(model, windows, "gathered")
     is_tsa = config.model == "tsa"
     result = {key: flags[key] for key in ("model", "gate", "lam", "gate_bias", "threshold", "seed", "data")}
     result["n_params"] = n_params
@@ -494,7 +502,7 @@ def train(given, resume, fresh):
           "{seconds:.0f} s of training".format(**result))
     print(f"\nA sample (python sample.py --ckpt {ckpt_path} for more):\n{corpus.prompt}", end="")
     idx = torch.tensor([data.encode(corpus.prompt, corpus.vocab)], device=device)
-    for idx_next, _ in generate(model, idx, 200, top_k=20, run=default_run(config)):
+    for idx_next, _ in generate(model, idx, min(corpus.new_tokens, 200), top_k=20, run=default_run(config)):
         print(corpus.vocab[idx_next.item()], end="", flush=True)
     print()
     return 0
@@ -504,14 +512,14 @@ def main(argv=None):
     sys.stdout.reconfigure(errors="replace")       # a terminal may lack a character; that must not end a run
     try:
         args = vars(parse_args(argv))
-        folder, resume, fresh = args.pop("table"), args.pop("resume"), args.pop("fresh")
-        return train(args, resume, fresh) if folder is None else print_table(folder)
+        table, out_dir, resume, fresh = (args.pop(key) for key in ("table", "out_dir", "resume", "fresh"))
+        return train(args, out_dir, resume, fresh) if table is None else print_table(table)
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
     except OSError as error:
-        print(f"train.py: {error.filename}: {error.strerror}; the last checkpoint is as it was", file=sys.stderr)
+        print(f"train.py: {error}; a checkpoint saved before is as it was", file=sys.stderr)
     except RuntimeError as error:
-        if "memory" not in str(error):
+        if "allocate" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
             raise
         print("train.py: out of memory: choose a smaller --batch_size, --block_size or --n_embd", file=sys.stderr)
     return 2

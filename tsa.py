@@ -19,7 +19,7 @@ Every model here is a rule that makes gates, and every way of running is a way o
 A gate of exactly 0 is a skipped token: it keeps its h. It still gives keys and values to the others, so attention
 stays exact, and a skipped block is cheap, not free. `run` says how gates are made and applied:
 
-    "trained"    the gates that training sees (soft ones are never 0, so nothing is skipped)
+    "trained"    the gates that training sees (soft ones do not reach 0, so nothing is skipped)
     "masked"     the gates of inference, applied by multiplying: saves nothing, and is the reference
     "gathered"   the same gates, but only the rows with gate > 0 are computed: the same numbers, less work
 
@@ -57,6 +57,10 @@ class Config:
     n_embd: int = 256
     dropout: float = 0.1
 
+    @property
+    def router_width(self):
+        return max(self.n_embd // 4, 16)
+
     def __post_init__(self):
         if self.model not in MODELS:
             raise UserError(f"model {self.model!r} is unknown: choose one of {', '.join(MODELS)}")
@@ -73,7 +77,7 @@ class Config:
 # gate that training sees, and the gate that inference runs. Return exactly 0 where the token skips the block.
 
 def soft(p, threshold):
-    """The paper's gate in training, equation (4): a scale between 0 and 1 that reaches neither."""
+    """The paper's gate in training, equation (4): a scale that in practice reaches neither 0 nor 1."""
     return 1 - p
 
 def binary(p, threshold):
@@ -95,9 +99,8 @@ class Router(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        hidden = max(config.n_embd // 4, 16)
-        self.fc = nn.Linear(config.n_embd, hidden)
-        self.out = nn.Linear(hidden, 1)
+        self.fc = nn.Linear(config.n_embd, config.router_width)
+        self.out = nn.Linear(config.router_width, 1)
         nn.init.constant_(self.out.bias, config.gate_bias)
 
     def forward(self, h):
@@ -161,24 +164,25 @@ class Attention(nn.Module):
         return self.proj(y.transpose(1, 2).flatten(2))
 
     def gathered(self, x, keep, rows, kv=None):
-        """x (B, T, C), of whose tokens the N in keep (B, T), rows (N,) ask -> (N, C). All give keys and values."""
+        """
+        x (B, T, C) -> (N, C): attention for the N tokens marked in keep (B, T), whose places in B * T are rows (N,).
+        Keys and values come from all tokens.
+        """
         B, T, C = x.shape
         k, v = self.keys_values(x, kv)
-        position, row = rows.unsqueeze(0), rows
-        if B > 1:
+        if B == 1:
+            position, asking = rows.unsqueeze(0), rows      # worth it: the other branch takes 3% of a block's time
+        else:
             # Each sequence keeps its own number of tokens: sort them to the front, in order, and cut at the longest, n.
             # What fills up the shorter ones asks too, and is dropped again before the projection.
             n = int(keep.sum(1).max())
-            position = (~keep).argsort(dim=1, stable=True)[:, :n]                          # (B, n)
-            row = (position + T * torch.arange(B, device=x.device).unsqueeze(1)).flatten()
-        q = self.query(x.flatten(0, 1).index_select(0, row)).view(B, -1, C)                # (B, n, C)
-        mask = None
-        if T > 1:
-            mask = self.causal[position, :T].unsqueeze(1)                                  # (B, 1, n, T)
+            position = (~keep).argsort(dim=1, stable=True)[:, :n]                          # (B, n), in a sequence
+            asking = (position + T * torch.arange(B, device=x.device).unsqueeze(1)).flatten()     # (B * n,), in B * T
+        q = self.query(x.flatten(0, 1).index_select(0, asking)).view(B, -1, C)             # (B, n, C)
+        mask = self.causal[position, :T].unsqueeze(1) if T > 1 else None                   # (B, 1, n, T)
         y = F.scaled_dot_product_attention(self.heads(q), k, v, attn_mask=mask)            # (B, nh, n, hs)
         y = y.transpose(1, 2)
-        if B > 1:
-            y = y[keep.gather(1, position)]
+        y = y if B == 1 else y[keep.gather(1, position)]
         return self.proj(y.reshape(len(rows), C))
 
 
@@ -242,16 +246,14 @@ class Transformer(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norms = nn.ModuleList(nn.LayerNorm(config.n_embd) for _ in range(self.n_exits))
+        n_exits = config.n_layer if config.model == "exit" else 1
+        self.norms = nn.ModuleList(nn.LayerNorm(config.n_embd) for _ in range(n_exits))
+        # What is not named here starts as PyTorch starts it, as in the paper.
         for embedding in (self.wte, self.wpe):
             nn.init.normal_(embedding.weight, std=0.02)
-        for block in self.blocks:       # each block adds twice to the residual stream: keep its variance at 1 over 2L
+        for block in self.blocks:       # 2L updates add up in the residual stream: each starts with 1 / 2L the variance
             for linear in (block.attn.proj, block.ffn.proj):
                 nn.init.normal_(linear.weight, std=0.02 / (2 * config.n_layer) ** 0.5)
-
-    @property
-    def n_exits(self):
-        return 1
 
     def forward(self, idx, targets=None, run="trained", gates=None, cache=None):
         """
@@ -261,8 +263,8 @@ class Transformer(nn.Module):
         replayed instead of the model's own (which are still computed, so that timings stay honest). cache: a list of
         L KV, empty for a prefill of T tokens, then T = 1; whole sequences otherwise.
 
-        stats: gates (L, B, T), block 0's all one; levels, the logits at each exit reached; with targets also
-        task_loss and depth_loss, the two parts of the loss.
+        stats: gates (L, B, T), block 0's all one; exit_logits, a list of (B, T, V) whose last are the logits; with
+        targets also task_loss and, for tsa, depth_loss, the two parts of the loss.
         """
         B, T = idx.shape
         start = cache[0].length if cache else 0
@@ -272,37 +274,39 @@ class Transformer(nn.Module):
         position = torch.arange(start, start + T, device=idx.device)
         x = self.drop(self.wte(idx) + self.wpe(position))                                  # (B, T, C)
 
-        gate, levels, used = None, [], []       # block 0, the stem, always runs: something must read the characters
+        gate, used, exit_logits = None, [], []      # block 0, the stem, always runs: something must read the characters
         for l, block in enumerate(self.blocks):
             if gates is not None and l > 0:
                 gate = gates[l]
             kv = cache[l] if cache else None
             rows = None
             if run == "gathered" and gate is not None:
-                rows = gate.flatten().nonzero().squeeze(1)                                 # (N,)
+                rows = (gate > 0).flatten().nonzero().squeeze(1)                           # (N,)
                 rows = None if len(rows) == B * T else rows     # nothing to skip: the plain block is the faster one
             x = block(x, gate, kv) if rows is None else block.gathered(x, gate, rows, kv)
             used.append(torch.ones(B, T, device=idx.device) if gate is None else gate)
-            gate = self.after_block(l, x, gate, rows, levels, run)
+            gate = self.after_block(l, x, gate, rows, exit_logits, run)
 
-        stats = {"gates": torch.stack(used), "levels": levels}
+        stats = {"gates": torch.stack(used), "exit_logits": exit_logits}
         if targets is None:
-            return levels[-1], None, stats
-        # L = mean over the exits of the cross-entropy + lam * depth loss; one exit but for early exit's training.
-        scored = levels if run == "trained" else levels[-1:]
-        losses = [F.cross_entropy(level.flatten(0, 1), targets.flatten(), ignore_index=-1) for level in scored]
-        loss = stats["task_loss"] = losses[-1]
-        if len(losses) > 1:
-            loss = torch.stack(losses).mean()
+            return exit_logits[-1], None, stats
+        # loss = task loss + lam * depth loss, the first a mean over the exits, of which only early exit's training has
+        # more than one.
+        scored = exit_logits if run == "trained" else exit_logits[-1:]
+        losses = [F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1) for logits in scored]
+        loss = stats["task_loss"] = torch.stack(losses).mean()
         if self.config.model == "tsa":          # mean over the L-1 routers, batch and position: alpha, with a gradient
             stats["depth_loss"] = stats["gates"][1:].mean()
             loss = loss + self.config.lam * stats["depth_loss"]
-        return levels[-1], loss, stats
+        return exit_logits[-1], loss, stats
 
-    def after_block(self, l, x, gate, rows, levels, run):
-        """After block l, with the x (B, T, C) it left: return the gate (B, T) of block l + 1, add logits to levels."""
+    def after_block(self, l, x, gate, rows, exit_logits, run):
+        """
+        What a model does between two blocks. x (B, T, C) is what block l left, gate (B, T) and rows (N,) how it ran,
+        None where it ran whole. Returns the gate of block l + 1, and appends to exit_logits where there is an exit.
+        """
         if l == self.config.n_layer - 1:
-            levels.append(self.logits(x))
+            exit_logits.append(self.logits(x))
         return None
 
     def logits(self, x, exit=-1):
@@ -317,9 +321,9 @@ class TSA(Transformer):
         super().__init__(config)
         self.routers = nn.ModuleList(Router(config) for _ in range(config.n_layer - 1))
 
-    def after_block(self, l, x, gate, rows, levels, run):
+    def after_block(self, l, x, gate, rows, exit_logits, run):
         if l == self.config.n_layer - 1:
-            return super().after_block(l, x, gate, rows, levels, run)
+            return super().after_block(l, x, gate, rows, exit_logits, run)
         training_sees, inference_runs = GATES[self.config.gate]
         make_gate = training_sees if run == "trained" else inference_runs
         return make_gate(self.routers[l](x), self.config.threshold)
@@ -332,24 +336,20 @@ class Exit(Transformer):
     probability exceeds the threshold: h is carried up unchanged, and its logits stay those of the block it left.
     """
 
-    @property
-    def n_exits(self):
-        return self.config.n_layer
-
-    def after_block(self, l, x, gate, rows, levels, run):
+    def after_block(self, l, x, gate, rows, exit_logits, run):
         if run == "trained":
-            levels.append(self.logits(x, l))
+            exit_logits.append(self.logits(x, l))
             return None
         if l == 0:
             return None
-        if levels and rows is not None:
+        if exit_logits and rows is not None:
             logits = self.logits(x.flatten(0, 1).index_select(0, rows), l)                 # (N, V)
-            logits = levels[-1].flatten(0, 1).index_copy(0, rows, logits).view_as(levels[-1])
+            logits = exit_logits[-1].flatten(0, 1).index_copy(0, rows, logits).view_as(exit_logits[-1])
         else:
             logits = self.logits(x, l)                                                     # (B, T, V)
-            if levels and gate is not None:
-                logits = torch.where(gate.unsqueeze(-1) > 0, logits, levels[-1])
-        levels.append(logits)
+            if exit_logits and gate is not None:
+                logits = torch.where(gate.unsqueeze(-1) > 0, logits, exit_logits[-1])
+        exit_logits.append(logits)
         # Equation (5). A token that left is as sure as it was, since its logits stay: it remains out.
         return (F.softmax(logits, dim=-1).amax(-1) <= self.config.threshold).float()
 
@@ -363,7 +363,7 @@ def build(config):
 
 def default_run(config):
     """The fastest run that does not hurt. The paper's soft gate hurts: cut to all or nothing, it ruins the text."""
-    return "trained" if config.gate == "soft" else "gathered"
+    return "trained" if config.model == "tsa" and config.gate == "soft" else "gathered"
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -382,10 +382,8 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, run="gathe
     for _ in range(max_new_tokens):
         if idx.size(1) > model.config.block_size:
             idx, kv = idx[:, -max(model.config.block_size // 2, 1):], None
-        new = idx
-        if cache and kv is not None:
-            new = idx[:, -1:]
-        elif cache:
+        new = idx if kv is None else idx[:, -1:]
+        if cache and kv is None:
             kv = [KV(len(idx), model.config, model.wte.weight) for _ in model.blocks]
         logits, _, stats = model(new, run=run, cache=kv)
         logits = logits[:, -1]                                                             # (B, V)
@@ -416,8 +414,7 @@ def macs_per_token(config, ran):
     """
     C, V, L = config.n_embd, config.vocab_size, config.n_layer
     blocks = sum(share * (12 * C * C + config.block_size * C) + (1 - share) * 2 * C * C for share in ran)
-    hidden = max(C // 4, 16)
-    routers = (L - 1) * (C * hidden + hidden) if config.model == "tsa" else 0
+    routers = (L - 1) * (C + 1) * config.router_width if config.model == "tsa" else 0
     heads = sum(ran[1:]) if config.model == "exit" else 1       # who took a block asks there whether to leave
     return blocks + routers + heads * C * V
 
