@@ -58,7 +58,8 @@ class Data:
 
     def describe(self):
         n = sum(map(len, self.splits.values()))
-        return f"{self.name} has {n:,} {'sequences' if self.is_task else 'characters'}, {len(self.vocab)} different ones"
+        unit = "sequences" if self.is_task else "characters"
+        return f"{self.name} has {n:,} {unit} over a vocabulary of {len(self.vocab)}"
 
     def to(self, device):
         self.splits = {split: tokens.to(device) for split, tokens in self.splits.items()}
@@ -68,7 +69,7 @@ class Data:
         if self.is_task:
             length = self.splits["val"].size(1) - 1
             if length > block_size:
-                raise UserError(f"--data {self.name} has sequences of {length}: choose a --block_size of {length} or more")
+                raise UserError(f"--data {self.name} has sequences of {length}: --block_size must not be less")
         elif len(self.splits["val"]) <= block_size:
             n = sum(map(len, self.splits.values()))
             raise UserError(f"--data {self.name} has {n} characters, so its validation split (a tenth) is shorter than "
@@ -112,9 +113,9 @@ def write_atomic(path, content):
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
-    except OSError:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise
+        raise UserError(f"{path} cannot be written ({error.strerror}); the file that was there, if any, is as it was")
 
 
 def download(url, size):

@@ -27,11 +27,10 @@ def parse_args(argv):
     parser = Parser(prog="sample.py", description="Write text with a trained model.")
     parser.add_argument("--ckpt", type=Path, help="checkpoint (default: the newest out/*/ckpt.pt)")
     parser.add_argument("--prompt", help="text to continue (default: a new line; for copy and sort a task)")
-    parser.add_argument("--max_new_tokens", type=number(int, 1, 10**9), help="characters a sample (default 500, a task's "
-                                                                              "answer)")
+    parser.add_argument("--max_new_tokens", type=number(int, 1, 10**9), help="characters a sample (default 500)")
     parser.add_argument("--num", type=number(int, 1, 10**6), default=1, help="samples (default 1)")
     parser.add_argument("--temperature", type=number(float, 0, 100), default=0.8, help="0 is greedy (default 0.8)")
-    parser.add_argument("--top_k", type=number(int, 1, 10**6), help="draw from the k likeliest characters (default: all)")
+    parser.add_argument("--top_k", type=number(int, 1, 10**6), help="draw from the k likeliest only (default: all)")
     parser.add_argument("--seed", type=number(int, 0, 2**31), default=0, help="of the draws (default 0)")
     parser.add_argument("--device", help="cpu, cuda, mps ... (default: the best there is)")
     parser.add_argument("--run", choices=RUNS, help="gates as trained, or those of inference, multiplied (masked) or "
@@ -39,7 +38,8 @@ def parse_args(argv):
     parser.add_argument("--no_cache", action="store_true", help="compute the whole window again for each character")
     parser.add_argument("--bench", action="store_true", help="time dense, masked and gathered instead; without a "
                                                              "checkpoint at the paper's width with random weights")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of --bench (default float32)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
+                        help="of --bench (default float32)")
     parser.add_argument("--out_dir", type=Path, help="where --bench writes bench.json (default: beside the checkpoint)")
     return parser.parse_args(argv)
 
@@ -137,12 +137,13 @@ def bench(dense, model, text, mode, B, device):
 
     rows, dense_work = [], macs_per_token(dense.config, [1.0] * L)
     for i, (run, gates, ran, _) in enumerate(cases):
-        low, median, high = statistics.quantiles([1000 * r[i] / (1 if mode == "prefill" else tokens) for r in rounds], n=4)
+        times = [1000 * r[i] / (1 if mode == "prefill" else tokens) for r in rounds]
+        low, median, high = statistics.quantiles(times, n=4)
         work = macs_per_token(dense.config if run == "dense" else config, ran if run == "gathered" else [1.0] * L)
         rows.append({"mode": mode, "run": run, "gates": gates, "batch": B, "block_size": T,
                      "keep": sum(ran[1:]) / max(L - 1, 1), "dtype": str(dense.wte.weight.dtype).removeprefix("torch."),
                      "device": device, "ms": median, "ms_low": low, "ms_high": high,
-                     "tokens_per_s": B * tokens / statistics.median(r[i] for r in rounds),
+                     "tokens_per_s": 1000 * B * (tokens if mode == "prefill" else 1) / median,
                      "speedup": statistics.median(r[0] / r[i] for r in rounds), "allowed": dense_work / work})
     return rows
 

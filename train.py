@@ -71,7 +71,7 @@ def parse_args(argv):
     parser = Parser(prog="train.py", description="Train a Token-Selective Attention model, or one to compare it with.")
     group = parser.add_argument_group("model")
     group.add_argument("--model", choices=MODELS, help="dense: plain; tsa: learned routing (default); exit: early exit")
-    group.add_argument("--gate", choices=GATES, help="tsa: what training sees and inference runs (default soft, the paper's)")
+    group.add_argument("--gate", choices=GATES, help="tsa: the gate design (default soft, the paper's)")
     group.add_argument("--lam", type=number(float, 0, 1000), help="tsa: weight of the depth loss (default 0.001)")
     group.add_argument("--gate_bias", type=number(float, -50, 50), help="tsa: initial bias of the routers (default -1)")
     group.add_argument("--threshold", type=share, help="tsa: halt above this probability (default 0.5); "
@@ -95,9 +95,9 @@ def parse_args(argv):
     group.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the blocks in training (default: bfloat16 "
                                                                         "where the processor multiplies in it)")
     group.add_argument("--compile", action="store_const", const=True, help="torch.compile the model")
-    group.add_argument("--eval_interval", type=size, help="steps between evaluations, each saved (laptop 150, paper 250)")
+    group.add_argument("--eval_interval", type=size, help="steps between evaluations and saves (laptop 150, paper 250)")
     group.add_argument("--out_dir", help="folder of the run (default out/MODEL-GATE)")
-    group.add_argument("--table", metavar="DIR", help="print the finished runs below DIR, write DIR/results.csv, and end")
+    group.add_argument("--table", metavar="DIR", help="print the finished runs below DIR, and write DIR/results.csv")
     group = group.add_mutually_exclusive_group()
     group.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint, if any")
     group.add_argument("--fresh", action="store_true", help="start over in a folder that holds a run")
@@ -341,8 +341,45 @@ def try_compile(model, step):
     return compiled
 
 
+def count_parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def clock(seconds):
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def finish(model, corpus, flags, rows, seconds, out_dir):
+    """After the last step: score the whole validation split, write result.json, and show some text."""
+    config, windows = model.config, corpus.windows("val", model.config.block_size)
+    print(f"scoring the whole validation split, {windows[0].numel():,} characters, as trained and as executed")
+    trained, executed = evaluate(model, windows, "trained"), evaluate(model, windows, "gathered")
+    result = {key: flags[key] for key in ("model", "gate", "lam", "gate_bias", "threshold", "seed", "data")}
+    result["n_params"] = count_parameters(model)
+    for key in ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "max_iters", "learning_rate", "dropout"):
+        result[key] = flags[key]
+    result |= {
+        "step": flags["max_iters"], "val_loss": trained["loss"], "val_bpc": trained["loss"] / math.log(2),
+        "alpha": trained["alpha"] if config.model == "tsa" else None,
+        "val_loss_executed": executed["loss"], "alpha_executed": executed["alpha_executed"],
+        "alpha_by_block": trained["alpha_by_block"] if config.model == "tsa" else None,
+        "tlops_saved_executed": executed["tlops_saved"], "macs_saved_executed": executed["macs_saved"],
+        "tokens_per_s": statistics.median(int(row["tokens_per_s"]) for row in rows if row["tokens_per_s"]),
+        "device": flags["device"], "dtype": flags["dtype"], "torch": torch.__version__, "seconds": round(seconds, 1)}
+    if corpus.is_task:
+        result |= {key: trained[key] for key in ("token_accuracy", "sequence_accuracy", "alpha_scored")}
+    if config.model == "exit":
+        print(f"sweeping early exit over {len(THRESHOLDS)} thresholds")
+        result["thresholds"] = sweep_exits(model, windows)
+    data.write_atomic(out_dir / "result.json", json.dumps(result, indent=1).encode("utf-8"))
+    print("validation loss {val_loss:.4f} ({val_bpc:.4f} bits per character) as trained, {val_loss_executed:.4f} as "
+          "executed, saving {tlops_saved_executed:.1%} of token-layer operations, {macs_saved_executed:.1%} of "
+          "multiply-adds; {seconds:.0f} s of training".format(**result))
+    print(f"\nA sample (python sample.py --ckpt {out_dir / 'ckpt.pt'} for more):\n{corpus.prompt}", end="")
+    idx = torch.tensor([data.encode(corpus.prompt, corpus.vocab)], device=flags["device"])
+    for idx_next, _ in generate(model, idx, min(corpus.new_tokens, 200), top_k=20, run=default_run(config)):
+        print(corpus.vocab[idx_next.item()], end="", flush=True)
+    print()
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -355,7 +392,8 @@ def train(given, out_dir, resume, fresh):
     out_dir = Path(out_dir or (f"out/tsa-{given['gate'] or 'soft'}" if name == "tsa" else f"out/{name}"))
     ckpt_path, log_path, result_path = out_dir / "ckpt.pt", out_dir / "log.csv", out_dir / "result.json"
     if ckpt_path.exists() and not resume and not fresh:
-        raise UserError(f"{out_dir} holds a run: --resume goes on with it, --fresh starts over, --out_dir takes another")
+        raise UserError(f"{out_dir} holds a run: --resume goes on with it, --fresh starts over, or take "
+                        f"another --out_dir")
 
     # Flags, data, model, optimizer: new, or as the checkpoint has them
     device = pick_device(given["device"])
@@ -386,10 +424,9 @@ def train(given, out_dir, resume, fresh):
         rows = [row for row in read_csv(log_path) if int(row["step"]) <= step]
     out_dir.mkdir(parents=True, exist_ok=True)
     result_path.unlink(missing_ok=True)
-    n_params = sum(parameter.numel() for parameter in model.parameters())
     print(*(f"{flag}={value}" for flag, value in flags.items() if value is not None))
-    print(f"{config.model}: {n_params:,} parameters on {device}, blocks in {flags['dtype']}; {corpus.describe()}; "
-          f"results go to {out_dir}")
+    print(f"{config.model}: {count_parameters(model):,} parameters on {device}, blocks in {flags['dtype']}; "
+          f"{corpus.describe()}; results go to {out_dir}")
 
     def forward_backward(model):
         idx, targets = corpus.batch("train", flags["batch_size"], config.block_size)
@@ -412,8 +449,8 @@ def train(given, out_dir, resume, fresh):
     def save():
         write_csv(log_path, rows)
         save_checkpoint(ckpt_path, config=vars(config), vocab=corpus.vocab, prompt=corpus.prompt,
-                        new_tokens=corpus.new_tokens, flags=flags, step=step, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                        seconds=saved["seconds"] + time.time() - began)
+                        new_tokens=corpus.new_tokens, flags=flags, step=step, model=model.state_dict(),
+                        optimizer=optimizer.state_dict(), seconds=saved["seconds"] + time.time() - began)
 
     model.train()
     compiled = try_compile(model, forward_backward) if flags["compile"] else model
@@ -451,17 +488,18 @@ def train(given, out_dir, resume, fresh):
         line = f"step {step}/{max_iters}  loss {row['loss']:.4f}"
         if config.model == "tsa":
             by_block = stats["gates"].detach()[1:].mean((1, 2)).tolist()
-            row["depth_loss"], row["alpha_by_block"] = stats["depth_loss"].item(), " ".join(f"{a:.3f}" for a in by_block)
+            row["alpha_by_block"] = " ".join(f"{a:.3f}" for a in by_block)
+            row["depth_loss"] = stats["depth_loss"].item()
             line += f" = task {row['task_loss']:.4f} + {config.lam:g} * depth {row['depth_loss']:.4f}  " \
                     f"alpha by block {row['alpha_by_block']}"
         left = (now - began) / (step - first_step) * (max_iters - step)
         print(f"{line}  {row['tokens_per_s']:,} tokens/s  {clock(left)} left")
         if evaluates:
             row |= evaluate_probes()
-            print("evaluation: val loss {val_loss:.4f} (train {train_loss:.4f}) as trained; {val_loss_executed:.4f} (train "
-                  "{train_loss_executed:.4f}) as executed, where alpha is {alpha_executed:.3f} and "
-                  "{tlops_saved_executed:.1%} of token-layer operations, {macs_saved_executed:.1%} of multiply-adds are "
-                  "saved".format(**row))
+            print("evaluation: as trained val loss {val_loss:.4f}, train {train_loss:.4f}; as executed val "
+                  "{val_loss_executed:.4f}, train {train_loss_executed:.4f} at alpha {alpha_executed:.3f}, saving "
+                  "{tlops_saved_executed:.1%} of token-layer operations, {macs_saved_executed:.1%} of multiply-adds"
+                  .format(**row))
         rows.append(row)
         if evaluates:
             save()
@@ -473,38 +511,7 @@ def train(given, out_dir, resume, fresh):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    # The end: the whole validation split, result.json, and a taste of the text
-    seconds = saved["seconds"] + time.time() - began
-    windows = corpus.windows("val", config.block_size)
-    print(f"scoring the whole validation split, {windows[0].numel():,} characters, twice")
-    trained, executed = evaluate(model, windows, "trained"), evaluate(model, windows, "gathered")
-    is_tsa = config.model == "tsa"
-    result = {key: flags[key] for key in ("model", "gate", "lam", "gate_bias", "threshold", "seed", "data")}
-    result["n_params"] = n_params
-    result |= {key: flags[key] for key in ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "max_iters",
-                                           "learning_rate", "dropout")}
-    result |= {
-        "step": step, "val_loss": trained["loss"], "val_bpc": trained["loss"] / math.log(2),
-        "alpha": trained["alpha"] if is_tsa else None,
-        "val_loss_executed": executed["loss"], "alpha_executed": executed["alpha_executed"],
-        "alpha_by_block": trained["alpha_by_block"] if is_tsa else None,
-        "tlops_saved_executed": executed["tlops_saved"], "macs_saved_executed": executed["macs_saved"],
-        "tokens_per_s": statistics.median(int(row["tokens_per_s"]) for row in rows if row["tokens_per_s"]),
-        "device": device, "dtype": flags["dtype"], "torch": torch.__version__, "seconds": round(seconds, 1)}
-    if corpus.is_task:
-        result |= {key: trained[key] for key in ("token_accuracy", "sequence_accuracy", "alpha_scored")}
-    if config.model == "exit":
-        print(f"early exit at {len(THRESHOLDS)} thresholds")
-        result["thresholds"] = sweep_exits(model, windows)
-    data.write_atomic(result_path, json.dumps(result, indent=1).encode("utf-8"))
-    print("validation loss {val_loss:.4f} ({val_bpc:.4f} bits per character) as trained; {val_loss_executed:.4f} as executed, "
-          "saving {tlops_saved_executed:.1%} of token-layer operations, {macs_saved_executed:.1%} of multiply-adds; "
-          "{seconds:.0f} s of training".format(**result))
-    print(f"\nA sample (python sample.py --ckpt {ckpt_path} for more):\n{corpus.prompt}", end="")
-    idx = torch.tensor([data.encode(corpus.prompt, corpus.vocab)], device=device)
-    for idx_next, _ in generate(model, idx, min(corpus.new_tokens, 200), top_k=20, run=default_run(config)):
-        print(corpus.vocab[idx_next.item()], end="", flush=True)
-    print()
+    finish(model, corpus, flags, rows, saved["seconds"] + time.time() - began, out_dir)
     return 0
 
 
@@ -517,7 +524,7 @@ def main(argv=None):
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
     except OSError as error:
-        print(f"train.py: {error}; a checkpoint saved before is as it was", file=sys.stderr)
+        print(f"train.py: {error}", file=sys.stderr)
     except RuntimeError as error:
         if "allocate" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
             raise

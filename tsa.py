@@ -179,7 +179,9 @@ class Attention(nn.Module):
             position = (~keep).argsort(dim=1, stable=True)[:, :n]                          # (B, n), in a sequence
             asking = (position + T * torch.arange(B, device=x.device).unsqueeze(1)).flatten()     # (B * n,), in B * T
         q = self.query(x.flatten(0, 1).index_select(0, asking)).view(B, -1, C)             # (B, n, C)
-        mask = self.causal[position, :T].unsqueeze(1) if T > 1 else None                   # (B, 1, n, T)
+        mask = None
+        if T > 1:
+            mask = self.causal[:T, :T].index_select(0, position.flatten()).view(B, 1, -1, T)      # (B, 1, n, T)
         y = F.scaled_dot_product_attention(self.heads(q), k, v, attn_mask=mask)            # (B, nh, n, hs)
         y = y.transpose(1, 2)
         y = y if B == 1 else y[keep.gather(1, position)]
@@ -402,7 +404,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, run="gathe
 # What was saved. Only executed shares count: `ran` is the share of tokens, block by block, whose gate was not 0.
 
 def tlops_saved(ran):
-    """Token-layer operations saved, 1 - (1 + (L-1) alpha) / L with alpha the mean of ran[1:]; the stem's ran[0] is 1."""
+    """Token-layer operations saved, 1 - (1 + (L-1) alpha) / L, where alpha is the mean of ran[1:], and ran[0] is 1."""
     return 1 - sum(ran) / len(ran)
 
 
