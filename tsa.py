@@ -119,17 +119,15 @@ class KV:
     """One block's keys and values while text is generated: of every token, the skipped ones included."""
 
     def __init__(self, batch_size, config, like):
-        shape = (batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
-        self.k = torch.empty(shape, dtype=like.dtype, device=like.device)
-        self.v = torch.empty_like(self.k)
+        hs = config.n_embd // config.n_head
+        self.kv = like.new_empty(2, batch_size, config.n_head, config.block_size, hs)
         self.length = 0
 
-    def append(self, k, v):
-        """k, v (B, nh, T, hs) of T new tokens -> those of all tokens so far."""
-        start, self.length = self.length, self.length + k.size(2)
-        self.k[:, :, start:self.length] = k
-        self.v[:, :, start:self.length] = v
-        return self.k[:, :, :self.length], self.v[:, :, :self.length]
+    def append(self, kv):
+        """kv (2, B, nh, T, hs), keys and values of T new tokens -> those of all tokens so far."""
+        start, self.length = self.length, self.length + kv.size(3)
+        self.kv[:, :, :, start:self.length] = kv
+        return self.kv[:, :, :, :self.length]
 
 
 class Attention(nn.Module):
@@ -147,44 +145,48 @@ class Attention(nn.Module):
         self.register_buffer("causal", causal, persistent=False)    # added to scores: -inf hides what is still to come
 
     def heads(self, x):
-        return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)                          # (B, nh, T, hs)
+        """x (B, T, C) -> (B, nh, T, hs)"""
+        return x.view(*x.shape[:2], self.n_head, -1).transpose(1, 2)
 
-    def keys_values(self, x, kv):
-        """x (B, T, C) -> two of (B, nh, S, hs): those of x, or with a cache those of all S tokens so far."""
-        k, v = map(self.heads, self.key_value(x).chunk(2, dim=-1))
-        return (k, v) if kv is None else kv.append(k, v)
+    def keys_values(self, x, cache):
+        """x (B, T, C) -> keys and values (2, B, nh, S, hs): those of x, or with a cache those of all S tokens so far."""
+        B, T, C = x.shape
+        kv = self.key_value(x).view(B, T, 2, self.n_head, -1).permute(2, 0, 3, 1, 4)
+        return kv if cache is None else cache.append(kv)
 
-    def forward(self, x, kv=None):
-        """x (B, T, C) -> (B, T, C). With `kv`, T tokens are appended to what it holds (T = 1, or it is empty)."""
-        k, v = self.keys_values(x, kv)
+    def forward(self, x, cache=None):
+        """x (B, T, C) -> (B, T, C). With a KV, T tokens are appended to what it holds (T = 1, or it is empty)."""
+        k, v = self.keys_values(x, cache)
         q = self.heads(self.query(x))
         p = self.dropout if self.training else 0.0
         # A single token is the newest and sees everything: no mask.
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=x.size(1) > 1)  # (B, nh, T, hs)
         return self.proj(y.transpose(1, 2).flatten(2))
 
-    def gathered(self, x, keep, rows, kv=None):
+    def gathered(self, x, keep, rows, cache=None):
         """
         x (B, T, C) -> (N, C): attention for the N tokens marked in keep (B, T), whose places in B * T are rows (N,).
         Keys and values come from all tokens.
         """
         B, T, C = x.shape
-        k, v = self.keys_values(x, kv)
-        if B == 1:
-            position, asking = rows.unsqueeze(0), rows      # worth it: the other branch takes 3% of a block's time
+        k, v = self.keys_values(x, cache)
+        mask, asking = None, rows
+        if T == 1:          # decoding: the sequences that ask, each with its newest token, which sees everything
+            k, v = k.index_select(0, rows), v.index_select(0, rows)
         else:
-            # Each sequence keeps its own number of tokens: sort them to the front, in order, and cut at the longest, n.
-            # What fills up the shorter ones asks too, and is dropped again before the projection.
-            n = int(keep.sum(1).max())
-            position = (~keep).argsort(dim=1, stable=True)[:, :n]                          # (B, n), in a sequence
-            asking = (position + T * torch.arange(B, device=x.device).unsqueeze(1)).flatten()     # (B * n,), in B * T
-        q = self.query(x.flatten(0, 1).index_select(0, asking)).view(B, -1, C)             # (B, n, C)
-        mask = None
-        if T > 1:
-            mask = self.causal[:T, :T].index_select(0, position.flatten()).view(B, 1, -1, T)      # (B, 1, n, T)
-        y = F.scaled_dot_product_attention(self.heads(q), k, v, attn_mask=mask)            # (B, nh, n, hs)
-        y = y.transpose(1, 2)
-        y = y if B == 1 else y[keep.gather(1, position)]
+            if B == 1:
+                position = rows         # the general way is right here too, and takes 3% of a block's time
+            else:
+                # Each sequence keeps its own number of tokens: sort them to the front, in order, and cut at the
+                # longest, n. What fills up the shorter ones asks too, and is dropped before the projection.
+                n = int(keep.sum(1).max())
+                position = (~keep).argsort(dim=1, stable=True)[:, :n]                      # (B, n), in a sequence
+                asking = (position + T * torch.arange(B, device=x.device).unsqueeze(1)).flatten()   # in B * T
+            mask = self.causal[:T, :T].index_select(0, position.flatten()).view(B, 1, -1, T)        # (B, 1, n, T)
+        q = self.query(x.flatten(0, 1).index_select(0, asking)).view(len(k), -1, C)        # (B, n, C), or (N, 1, C)
+        y = F.scaled_dot_product_attention(self.heads(q), k, v, attn_mask=mask).transpose(1, 2)
+        if B > 1 and T > 1:
+            y = y[keep.gather(1, position)]
         return self.proj(y.reshape(len(rows), C))
 
 
@@ -211,26 +213,26 @@ class Block(nn.Module):
         self.ln2 = nn.LayerNorm(config.n_embd)
         self.ffn = FeedForward(config)
 
-    def forward(self, x, gate=None, kv=None):
+    def forward(self, x, gate=None, cache=None):
         """x (B, T, C), gate (B, T) or None for the ordinary block -> (B, T, C). Multiplies, so saves nothing."""
         if gate is None:
-            x = x + self.attn(self.ln1(x), kv)
+            x = x + self.attn(self.ln1(x), cache)
             return x + self.ffn(self.ln2(x))
         gate = gate.to(x.dtype).unsqueeze(-1)                                              # (B, T, 1)
-        x = torch.addcmul(x, gate, self.attn(self.ln1(x), kv))      # x + gate * ..., in one pass over memory
+        x = torch.addcmul(x, gate, self.attn(self.ln1(x), cache))      # x + gate * ..., in one pass over memory
         return torch.addcmul(x, gate, self.ffn(self.ln2(x)))
 
-    def gathered(self, x, gate, rows, kv=None):
+    def gathered(self, x, gate, rows, cache=None):
         """The same numbers, computed for the N rows whose gate is not 0: (B, T, C), (B, T), (N,) -> (B, T, C)."""
         assert not self.training, "a gathered block draws no dropout: use it in evaluation only"
         if len(rows) == 0:
-            if kv is not None:
-                self.attn.keys_values(self.ln1(x), kv)
+            if cache is not None:
+                self.attn.keys_values(self.ln1(x), cache)
             return x
         flat = x.flatten(0, 1)                                                             # (B * T, C)
         h = flat.index_select(0, rows)                                                     # (N, C)
         scale = gate.flatten().index_select(0, rows).to(x.dtype).unsqueeze(-1)             # (N, 1)
-        h = torch.addcmul(h, scale, self.attn.gathered(self.ln1(x), gate > 0, rows, kv))
+        h = torch.addcmul(h, scale, self.attn.gathered(self.ln1(x), gate > 0, rows, cache))
         h = torch.addcmul(h, scale, self.ffn(self.ln2(h)))
         return flat.index_copy(0, rows, h).view_as(x)
 
@@ -273,8 +275,7 @@ class Transformer(nn.Module):
         assert start + T <= self.config.block_size, (start, T, self.config.block_size)
         assert start == 0 or T == 1, (start, T)
         assert run in RUNS, run
-        position = torch.arange(start, start + T, device=idx.device)
-        x = self.drop(self.wte(idx) + self.wpe(position))                                  # (B, T, C)
+        x = self.drop(self.wte(idx) + self.wpe.weight[start:start + T])                    # (B, T, C)
 
         gate, used, exit_logits = None, [], []      # block 0, the stem, always runs: something must read the characters
         for l, block in enumerate(self.blocks):
