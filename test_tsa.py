@@ -495,6 +495,17 @@ def test_evaluation_equals_a_slow_loop(text_file):
     assert score["macs_saved"] == macs_saved(model.config, ran)
 
 
+def test_paper_preset_is_the_papers():
+    """Section 2: what `--preset paper` promises, with enwik8's context and the sizes of the tasks."""
+    given = vars(train.parse_args(["--preset", "paper"]))
+    flags = train.resolve(given, "shakespeare", "cpu")
+    assert [flags[k] for k in ("n_embd", "n_head", "block_size", "batch_size", "max_iters")] == [256, 8, 128, 64, 5000]
+    assert (flags["learning_rate"], flags["dropout"], flags["lam"]) == (3e-4, 0.1, 0.001)
+    assert train.resolve(given, "enwik8", "cpu")["block_size"] == 256
+    copy = train.resolve(given, "copy", "cpu")
+    assert [copy[k] for k in ("n_embd", "n_head", "block_size", "batch_size", "lam")] == [128, 4, 64, 256, 0.01]
+
+
 def test_weight_decay_is_on_matrices_only():
     """Paper section 2: none on biases, LayerNorms and embeddings."""
     model = tiny()
