@@ -149,7 +149,7 @@ class Attention(nn.Module):
         return x.view(*x.shape[:2], self.n_head, -1).transpose(1, 2)
 
     def keys_values(self, x, cache):
-        """x (B, T, C) -> keys and values (2, B, nh, S, hs): those of x, or with a cache those of all S tokens so far."""
+        """x (B, T, C) -> keys and values (2, B, nh, S, hs): of x, or with a cache of all S tokens so far."""
         B, T, C = x.shape
         kv = self.key_value(x).view(B, T, 2, self.n_head, -1).permute(2, 0, 3, 1, 4)
         return kv if cache is None else cache.append(kv)
