@@ -90,6 +90,25 @@ def test_gate_one_is_the_plain_block_and_gate_zero_the_identity():
     assert torch.equal(block(x, torch.zeros(2, 8)), x)
 
 
+def test_training_computes_what_inference_does():
+    """On a CPU attention is written out for training and fused for inference: one model all the same."""
+    model, idx = tiny(), tokens()
+    logits = model(idx)[0]
+    torch.testing.assert_close(model.train()(idx)[0], logits)
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean():
+    """The CPU's quick dropout takes 16 random bits an element: its share is the paper's, its draws are independent."""
+    drop, x = tsa.Dropout(0.1), torch.ones(1000, 1003)
+    torch.manual_seed(0)
+    y = drop(x)
+    kept = y > 0
+    assert abs(kept.float().mean() - 0.9) < 0.002 and torch.equal(y[kept], x[kept] / 0.9)
+    assert (kept.float().mean(0) - 0.9).abs().max() < 0.05 and (kept.float().mean(1) - 0.9).abs().max() < 0.05
+    both = (kept[:, :-1] & kept[:, 1:]).float().mean()      # neighbours share one draw
+    assert abs(both - 0.81) < 0.003 and not torch.equal(drop(x), y) and torch.equal(drop.eval()(x), x)
+
+
 def test_gate_scales_both_residual_updates():
     """Scaling only one of the two would still train, and would not be the paper's block."""
     block, x, gate = tiny().blocks[1], torch.randn(2, 8, 16), torch.rand(2, 8)
