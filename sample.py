@@ -106,7 +106,7 @@ def decode(model, idx, run, gates):
     return read
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def bench(dense, model, text, mode, B, device):
     """
     Time one mode, prefill (a window) or decode (a token of its second half), at batch B -> rows for bench.json.
@@ -148,7 +148,7 @@ def bench(dense, model, text, mode, B, device):
     return rows
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def count_flips(model, text):
     """How many gates of 64 windows are open in one of masked and gathered and closed in the other, out of how many."""
     T = model.config.block_size

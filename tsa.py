@@ -184,10 +184,10 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=T > 1)          # (B, nh, T, hs)
         return self.proj(y.transpose(1, 2).flatten(2))
 
-    def gathered(self, x, keep, rows, cache=None):
+    def gathered(self, x, gate, rows, cache=None):
         """
-        x (B, T, C) -> (N, C): attention for the N tokens marked in keep (B, T), whose places in B * T are rows (N,).
-        Keys and values come from all tokens.
+        x (B, T, C) -> (N, C): attention for the N tokens whose gate (B, T) is not 0, whose places in B * T are
+        rows (N,). Keys and values come from all tokens.
         """
         B, T, C = x.shape
         k, v = self.keys_values(x, cache)
@@ -200,6 +200,7 @@ class Attention(nn.Module):
             else:
                 # Each sequence keeps its own number of tokens: sort them to the front, in order, and cut at the
                 # longest, n. What fills up the shorter ones asks too, and is dropped before the projection.
+                keep = gate > 0
                 n = int(keep.sum(1).max())
                 position = (~keep).argsort(dim=1, stable=True)[:, :n]                      # (B, n), in a sequence
                 asking = (position + T * torch.arange(B, device=x.device).unsqueeze(1)).flatten()   # in B * T
@@ -253,7 +254,7 @@ class Block(nn.Module):
         flat = x.flatten(0, 1)                                                             # (B * T, C)
         h = flat.index_select(0, rows)                                                     # (N, C)
         scale = gate.flatten().index_select(0, rows).to(x.dtype).unsqueeze(-1)             # (N, 1)
-        h = torch.addcmul(h, scale, self.attn.gathered(self.ln1(x), gate > 0, rows, cache))
+        h = torch.addcmul(h, scale, self.attn.gathered(self.ln1(x), gate, rows, cache))
         h = torch.addcmul(h, scale, self.ffn(self.ln2(h)))
         return flat.index_copy(0, rows, h).view_as(x)
 
@@ -305,7 +306,7 @@ class Transformer(nn.Module):
             kv = cache[l] if cache else None
             rows = None
             if run == "gathered" and gate is not None:
-                rows = (gate > 0).flatten().nonzero().squeeze(1)                           # (N,)
+                rows = gate.flatten().nonzero().squeeze(1)                                 # (N,)
                 rows = None if len(rows) == B * T else rows     # nothing to skip: the plain block is the faster one
             x = block(x, gate, kv) if rows is None else block.gathered(x, gate, rows, kv)
             used.append(torch.ones(B, T, device=idx.device) if gate is None else gate)
@@ -393,7 +394,7 @@ def default_run(config):
 # ----------------------------------------------------------------------------------------------------------------
 # Generation
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, run="gathered", cache=True):
     """
     Continue idx (B, T): yields, a character at a time, idx_next (B, 1) and the gates (L, B) of the token that
