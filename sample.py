@@ -1,9 +1,14 @@
 """
-Write text with a trained model: python sample.py
-Time what skipping tokens is worth: python sample.py --bench
+Look at a trained model.
 
-Sampling needs nothing but the checkpoint: sizes, vocabulary and weights are in it.
+    python sample.py                                    write text, coloured by the depth that each character took
+    python sample.py --map map.svg                      draw which block read which character
+    python sample.py --analyse out/dense/ckpt.pt        is depth about difficulty? (beside a plain model)
+    python sample.py --bench                            what skipping is worth on the clock
+
+Sampling needs nothing but the checkpoint: sizes, vocabulary and weights are in it. The others read the text again.
 """
+import html
 import json
 import os
 import statistics
@@ -13,10 +18,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 
 import data
 from train import Parser, keep_freed_memory, load_checkpoint, number, pick_device
-from tsa import Config, KV, RUNS, UserError, build, default_run, generate, macs_per_token
+from tsa import Config, GATES, KV, RUNS, UserError, build, default_run, generate, macs_per_token, tlops_saved
 
 BATCHES = {"prefill": (1, 8, 64), "decode": (1, 8)}
 KEEPS = (1.0, 0.9, 0.726, 0.5, 0.3, 0.1)        # 0.726 is the paper's alpha on Tiny-Shakespeare
@@ -36,12 +42,27 @@ def parse_args(argv):
     parser.add_argument("--run", choices=RUNS, help="gates as trained, or those of inference, multiplied (masked) or "
                                                     "skipped (gathered, the default; trained for the soft gate)")
     parser.add_argument("--no_cache", action="store_true", help="compute the whole window again for each character")
+    parser.add_argument("--gate", choices=GATES, help="run a tsa model with another pair's gates")
+    parser.add_argument("--threshold", type=number(float, 0, 1), help="halt above another p, or leave above another "
+                                                                      "confidence, than in training")
+    parser.add_argument("--map", type=Path, metavar="SVG", help="draw the gates over --prompt, or over validation "
+                                                                "text, instead")
+    parser.add_argument("--analyse", type=Path, metavar="PLAIN", help="set depth against difficulty on the validation "
+                        "split instead; PLAIN is the checkpoint of a plain model, whose entropy says what is difficult")
     parser.add_argument("--bench", action="store_true", help="time dense, masked and gathered instead; without a "
                                                              "checkpoint at the paper's width with random weights")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
                         help="of --bench (default float32)")
     parser.add_argument("--out_dir", type=Path, help="where --bench writes bench.json (default: beside the checkpoint)")
     return parser.parse_args(argv)
+
+
+def load_corpus(saved, path):
+    """The text that a model was trained on; UserError where it has changed since."""
+    corpus = data.load(saved["flags"]["data"])
+    if corpus.vocab != saved["vocab"]:
+        raise UserError(f"the text of {path} has changed: its characters are not those of the training")
+    return corpus
 
 
 def newest_checkpoint():
@@ -51,9 +72,25 @@ def newest_checkpoint():
     return paths[-1]
 
 
+COLORS = (153, 159, 157, 229, 223, 217)         # backgrounds from blue, shallow, to red, deep: black text on them reads
+
+
+def depth_of(gates, run):
+    """gates (L, ...) -> (...): how many blocks ran; for soft gates, of which none is ever 0, the sum of the scales."""
+    return gates.sum(0) if run == "trained" else (gates > 0).float().sum(0)
+
+
+def paint(text, depth, n_layer):
+    level = round((depth - 1) / max(n_layer - 1, 1) * (len(COLORS) - 1))
+    return f"\033[30;48;5;{COLORS[level]}m{text}\033[0m"
+
+
 def write_samples(model, saved, args, device):
-    """Print args.num continuations of the prompt as they are drawn; remarks go to stderr, so that text can be piped."""
-    vocab, prompt = saved["vocab"], saved["prompt"] if args.prompt is None else args.prompt
+    """
+    Print args.num continuations of the prompt as they are drawn, each character on the colour of its depth, or with
+    its depth as a digit below it where colours are unwanted (NO_COLOR) or would be noise (a pipe). Remarks: stderr.
+    """
+    vocab, prompt, L = saved["vocab"], saved["prompt"] if args.prompt is None else args.prompt, model.config.n_layer
     if not prompt:
         raise UserError("--prompt is empty: give at least one character, or leave it out")
     idx = torch.tensor([data.encode(prompt, vocab)], device=device)                        # (1, T)
@@ -61,16 +98,147 @@ def write_samples(model, saved, args, device):
     if args.run is None and run == "trained":
         print("Running the soft gates as trained: cut to all or nothing for inference, as the paper does, they ruin "
               "the text (see with --run masked).", file=sys.stderr)
+    colored = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    if colored:
+        legend = "".join(paint(f" {depth} ", depth, L) for depth in range(1, L + 1))
+        print(f"depth {legend} of {L} blocks", file=sys.stderr)
     torch.manual_seed(args.seed)
     for _ in range(args.num):
         print(prompt, end="", flush=True)
-        began, depth = time.perf_counter(), 0
+        digits = " " * len(prompt.rpartition("\n")[2])
+        began, depths, ran = time.perf_counter(), [], torch.zeros(L, device=device)
         for idx_next, gates in generate(model, idx, n, args.temperature, args.top_k, run, cache=not args.no_cache):
-            print(vocab[idx_next.item()], end="", flush=True)
-            depth += (gates > 0).sum().item()
-        print()
-        print(f"[{n} characters, {n / (time.perf_counter() - began):.0f} a second, mean depth {depth / n:.2f} of "
-              f"{model.config.n_layer} blocks]", file=sys.stderr)
+            c, depth = vocab[idx_next.item()], depth_of(gates, run).item()
+            depths.append(depth)
+            ran += gates[:, 0] > 0
+            if colored:
+                print(paint(c, depth, L) if c != "\n" else c, end="", flush=True)
+                continue
+            digits += str(round(depth))
+            print(c + digits + "\n" if c == "\n" else c, end="", flush=True)
+            digits = "" if c == "\n" else digits
+        print("\n" + digits)
+        saved_share = tlops_saved((ran / n).tolist())
+        print(f"{n} characters, {n / (time.perf_counter() - began):.0f} tokens/s, mean depth "
+              f"{statistics.mean(depths):.2f} of {L}, {saved_share:.1%} of token-layer operations saved", file=sys.stderr)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The routing map, and depth against difficulty
+
+def draw_map(model, saved, args, device):
+    """Write an SVG: characters across, blocks up, each gate as a shade, and below them each character's own loss."""
+    if args.prompt is None:
+        T = min(model.config.block_size, 96)
+        idx, targets = (t[:1, :T].to(device) for t in load_corpus(saved, args.ckpt).windows("val", T, 1))
+    else:
+        tokens = torch.tensor([data.encode(args.prompt, saved["vocab"])], device=device)
+        idx, targets = tokens[:, :-1], tokens[:, 1:]
+        if not 0 < idx.size(1) <= model.config.block_size:
+            raise UserError(f"--prompt must have 2 to {model.config.block_size + 1} characters to be drawn")
+    run = args.run or default_run(model.config)
+    with torch.no_grad():
+        logits, _, stats = model(idx, run=run)
+    losses = F.cross_entropy(logits[0], targets[0], reduction="none").tolist()
+    gates, L, T, top = stats["gates"][:, 0].tolist(), model.config.n_layer, idx.size(1), 46
+    x0, width, height = 66, 11, 15
+
+    def text(x, y, words, more=""):
+        return f'<text x="{x}" y="{y}" {more}>{html.escape(words)}</text>'
+
+    def box(x, y, h, color, opacity):
+        size = f'width="{width - 1}" height="{h:.1f}"'
+        return f'<rect x="{x}" y="{y:.1f}" {size} fill="{color}" opacity="{opacity:.2f}"/>'
+
+    bottom = top + L * height + 14
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {x0 + T * width + 12} {bottom + 76}" '
+             'font-family="monospace" font-size="12" fill="#222">',
+             '<rect width="100%" height="100%" rx="6" fill="#fff"/>',
+             text(8, 18, f"{model.config.model} {model.config.gate or ''}: the gate of each block (dark: open) where a "
+                         "character is read, and the loss of the one predicted below")]
+    for t in range(T):
+        x, (read, predicted) = x0 + t * width, (saved["vocab"][i[0, t]].replace("\n", "⏎") for i in (idx, targets))
+        parts.append(text(x + 1, top - 8, read))
+        for l in range(L):
+            parts.append(box(x, top + (L - 1 - l) * height, height - 1, "#1f5fbf", 0.08 + 0.92 * gates[l][t]))
+        parts.append(text(x + 1, bottom + 4, predicted))
+        parts.append(box(x, bottom + 10, 10 * min(losses[t], 6), "#d9480f", 0.85))
+    parts += [text(8, top + (L - 1 - l) * height + 11, f"block {l}") for l in range(L)]
+    parts += [text(8, bottom + 4, "next"), text(8, bottom + 22, "loss"), text(8, top - 8, "read"), "</svg>"]
+    data.write_atomic(args.map, "\n".join(parts).encode("utf-8"))
+    print(f"{args.map}: {T} characters, gates as {run}, mean loss {statistics.mean(losses):.3f}")
+
+
+def ranks(x):
+    """Place of each element in order, equal ones sharing the mean of theirs."""
+    _, inverse, counts = x.unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts - 1) / 2)[inverse]
+
+
+def rank_correlation(x, y):
+    """Spearman's, with ties."""
+    return torch.corrcoef(torch.stack([ranks(x), ranks(y)]).double())[0, 1].item()
+
+
+def kinds_of(text):
+    """The kind of each character of a text."""
+    kinds = []
+    for before, c in zip(" " + text, text):
+        if c.isspace():
+            kinds.append("newline" if c == "\n" else "space")
+        elif not c.isalpha():
+            kinds.append("punctuation")
+        elif c.isupper():
+            kinds.append("capital")
+        else:
+            kinds.append("inside a word" if before.isalpha() else "first letter")
+    return kinds
+
+
+@torch.inference_mode()
+def analyse(model, plain, saved, args, device):
+    """
+    For every character of the validation split: depth as executed and as trained, against its loss, and against its
+    entropy under a plain model, which is what a causal gate could know. And is the gate about the token? Gates taken
+    from another sequence, drawn anew at each position and block, answer that.
+    """
+    corpus, T = load_corpus(saved, args.ckpt), model.config.block_size
+    idx, targets = (tokens.to(device) for tokens in corpus.windows("val", T))
+    columns, losses = {"executed": [], "as trained": [], "loss": [], "entropy": []}, {}
+    torch.manual_seed(args.seed)
+    for x, y in zip(idx.split(64), targets.split(64)):
+        log_p = F.log_softmax(plain(x)[0], dim=-1)
+        columns["loss"].append(-log_p.gather(2, y.unsqueeze(2)).flatten())
+        columns["entropy"].append(-(log_p.exp() * log_p).sum(-1).flatten())
+        for name, run in (("executed", "masked"), ("as trained", "trained")):
+            logits, _, stats = model(x, run=run)
+            gates = stats["gates"]
+            columns[name].append(depth_of(gates, run).flatten())
+            order = torch.rand_like(gates).argsort(1)       # a permutation of the sequences for each block and position
+            permuted = model(x, run=run, gates=gates.gather(1, order))[0]
+            for key, scored in ((name, logits), (name + ", gates permuted", permuted)):
+                loss = F.cross_entropy(scored.flatten(0, 1), y.flatten(), reduction="sum").item()
+                losses[key] = losses.get(key, 0) + loss / idx.numel()
+    columns = {name: torch.cat(parts).cpu() for name, parts in columns.items()}
+    print("loss:", ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
+    rows = []
+    for name in ("executed", "as trained"):
+        for other in ("entropy", "loss"):
+            value = rank_correlation(columns[name], columns[other])
+            rows.append({"depth": name, "by": f"rank correlation with {other}", "value": value})
+    groups = {f"entropy decile {i + 1}": part for i, part in enumerate(columns["entropy"].argsort().tensor_split(10))}
+    for verb, tokens in (("reads", idx), ("predicts", targets)):
+        kinds = kinds_of("".join(saved["vocab"][i] for i in tokens.flatten().tolist()))
+        for kind in sorted(set(kinds)):
+            groups[f"{verb} {kind}"] = torch.tensor([k == kind for k in kinds]).nonzero().squeeze(1)
+    for group, members in groups.items():
+        for name in ("executed", "as trained"):
+            rows.append({"depth": name, "by": group, "value": columns[name][members].mean().item(), "n": len(members)})
+    for row in rows:
+        print("{depth:11} {by:32} {value:.3f}".format(**row))
+    path = (args.out_dir or args.ckpt.parent) / "analysis.json"
+    data.write_atomic(path, json.dumps({"loss": losses, "rows": rows}, indent=1).encode("utf-8"))
+    print(f"written to {path}")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -164,10 +332,8 @@ def run_bench(args, device):
         model, text, out_dir = build(Config(gate="skip", block_size=256)), None, args.out_dir or Path("out")
     else:
         model, saved = load_checkpoint(args.ckpt, device)
-        corpus, out_dir = data.load(saved["flags"]["data"]), args.out_dir or args.ckpt.parent
-        if corpus.vocab != saved["vocab"]:
-            raise UserError(f"the text of {args.ckpt} has changed: its characters are not those of the training")
-        text = corpus.splits["val"].flatten().to(device)
+        text = load_corpus(saved, args.ckpt).splits["val"].flatten().to(device)
+        out_dir = args.out_dir or args.ckpt.parent
     dtype = getattr(torch, args.dtype)
     model, dense = (m.to(device, dtype).eval() for m in (model, build(replace(model.config, model="dense"))))
     print(f"{torch.get_num_threads()} threads on {device}, torch {torch.__version__}; {model.config}")
@@ -198,10 +364,17 @@ def main(argv=None):
         if args.bench:
             run_bench(args, device)
             return 0
-        path = args.ckpt or newest_checkpoint()
-        model, saved = load_checkpoint(path, device)
-        print(f"{path}: {model.config.model}, step {saved['step']}", file=sys.stderr)
-        write_samples(model, saved, args, device)
+        args.ckpt = args.ckpt or newest_checkpoint()
+        model, saved = load_checkpoint(args.ckpt, device)
+        print(f"{args.ckpt}: {model.config.model}, step {saved['step']}", file=sys.stderr)
+        model.config.gate = args.gate or model.config.gate
+        model.config.threshold = model.config.threshold if args.threshold is None else args.threshold
+        if args.map:
+            draw_map(model, saved, args, device)
+        elif args.analyse:
+            analyse(model, load_checkpoint(args.analyse, device)[0], saved, args, device)
+        else:
+            write_samples(model, saved, args, device)
         return 0
     except UserError as error:
         print(f"sample.py: {error}", file=sys.stderr)

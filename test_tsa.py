@@ -227,6 +227,38 @@ def test_exited_token_really_stops():
     torch.testing.assert_close(logits[stays], (model.norms[3](x) @ model.wte.weight.T)[stays])
 
 
+def test_halting_trains_what_it_runs():
+    """In training every token goes on to the top, yet what it would say where it halts is what inference says."""
+    model, idx = tiny("halt", seed=6).double(), tokens()
+    executed, _, stats = model(idx, run="masked")
+    last = stats["gates"].sum(0).long() - 1
+    assert len(last.unique()) > 2, last
+    levels = torch.stack(model(idx)[2]["exit_logits"])                                     # (L, B, T, V)
+    trained = levels.gather(0, last[None, :, :, None].expand_as(levels[:1]))[0]
+    torch.testing.assert_close(trained, executed, rtol=1e-10, atol=1e-10)
+
+
+def test_halting_loss_by_hand():
+    """Equation (6), a token at a time: half the expected loss over where it halts, half that of the last block."""
+    model, idx, targets = tiny("halt", seed=2, threshold=1.0, lam=0.3), tokens(), tokens(seed=2)
+    x, p, losses = model.wte(idx) + model.wpe(torch.arange(16)), [], []
+    for l, block in enumerate(model.blocks):
+        x = block(x)
+        p.append(model.routers[l](x) if l < 3 else torch.ones(3, 16))
+        losses.append(-(model.norms[0](x) @ model.wte.weight.T).log_softmax(-1).gather(2, targets[..., None])[..., 0])
+    expected = depth = 0
+    for b in range(3):
+        for t in range(16):
+            survive = 1.0
+            for l in range(4):
+                depth += survive / 48 / 3 if l > 0 else 0
+                expected += survive * p[l][b, t] * losses[l][b, t] / 48
+                survive *= 1 - p[l][b, t]
+    _, loss, stats = model(idx, targets)
+    torch.testing.assert_close(stats["depth_loss"], depth)
+    torch.testing.assert_close(loss, (expected + losses[-1].mean()) / 2 + 0.3 * depth)
+
+
 def test_replayed_gates_are_used():
     """Tests and the benchmark give gates in place of the model's own."""
     model, idx = tiny(), tokens()
@@ -263,7 +295,7 @@ def test_gathered_block_refuses_to_train():
 
 
 HARD = [dict(model="dense"), dict(model="tsa", gate="soft"), dict(model="tsa", gate="skip"),
-        dict(model="exit", threshold=0.4)]
+        dict(model="exit", threshold=0.4), dict(model="halt", seed=6)]
 
 
 @pytest.mark.parametrize("settings", HARD)
@@ -314,7 +346,7 @@ def test_skipped_token_is_still_cached():
 def test_counted_multiply_adds_are_what_ran(settings):
     """PyTorch counts the operations of a gathered run: the formula must not promise more than was skipped."""
     model, idx, gates = tiny(**settings), tokens(B=1), None
-    if settings["model"] == "tsa":
+    if settings["model"] in ("tsa", "halt"):
         gates = torch.bernoulli(torch.full((4, 1, 16), 0.6), generator=torch.Generator().manual_seed(0))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         gates = model(idx, run="gathered", gates=gates)[2]["gates"]
@@ -634,7 +666,7 @@ def test_results_and_table(text_file, tmp_path, capsys):
         assert run_train("--model", model, "--data", text_file, "--max_iters", 3, "--out_dir", tmp_path / model) == 0
         result = json.loads((tmp_path / model / "result.json").read_text())
         assert [key for key in result if key != "thresholds"] == keys
-        assert (result["alpha"] is None) == (model != "tsa") and (result["threshold"] is None) == (model == "dense")
+        assert (result["alpha"] is None) == (model in ("dense", "exit")) and (result["threshold"] is None) == (model == "dense")
     sweep = json.loads((tmp_path / "exit" / "result.json").read_text())["thresholds"]
     assert [row["threshold"] for row in sweep] == [.99, .95, .90, .85, .80, .75, .70, .65, .60, .55, .50, .40, .30]
     assert {"threshold", "val_loss", "alpha", "tlops_saved", "macs_saved"} < sweep[0].keys()
@@ -642,7 +674,7 @@ def test_results_and_table(text_file, tmp_path, capsys):
     assert json.loads((tmp_path / "copy" / "result.json").read_text()).keys() > {"token_accuracy", "sequence_accuracy"}
     capsys.readouterr()
     assert train.main(["--table", str(tmp_path)]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 5 == len(train.read_csv(tmp_path / "results.csv")) + 1
+    assert len(capsys.readouterr().out.splitlines()) == 6 == len(train.read_csv(tmp_path / "results.csv")) + 1
 
 
 def test_frozen_exit_keeps_logits_but_runs_on():

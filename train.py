@@ -34,6 +34,7 @@ PRESETS = {     # minutes on a laptop; the paper's section 2
 # The synthetic tasks have the paper's sizes in both presets.
 TASK_PRESET = dict(n_head=4, n_embd=128, block_size=64, batch_size=256, max_iters=390, lam=0.01, eval_interval=39)
 CHECKPOINT_KEYS = {"config", "vocab", "prompt", "new_tokens", "flags", "step", "model", "optimizer", "seconds"}
+HALT_LAM = 0.025        # the price of depth in learned halting, where it buys less: about a quarter of the blocks go
 LOG_INTERVAL = 20
 LOG_COLUMNS = ("step", "loss", "task_loss", "depth_loss", "alpha_by_block", "tokens_per_s", "train_loss", "val_loss",
                "train_loss_executed", "val_loss_executed", "alpha_executed", "tlops_saved_executed",
@@ -42,7 +43,8 @@ TABLE_COLUMNS = ("run", "data", "n_layer", "n_embd", "lam", "seed", "step", "val
                  "alpha_executed", "tlops_saved_executed", "macs_saved_executed", "tokens_per_s")
 EVAL_WINDOWS = 64       # scored while training, always the same; the end scores the whole validation split
 THRESHOLDS = (.99, .95, .90, .85, .80, .75, .70, .65, .60, .55, .50, .40, .30)      # the paper's early-exit sweep
-MEANINGLESS = {"dense": ("gate", "lam", "gate_bias", "threshold"), "tsa": (), "exit": ("gate", "lam", "gate_bias")}
+MEANINGLESS = {"dense": ("gate", "lam", "gate_bias", "threshold"), "tsa": (), "exit": ("gate", "lam", "gate_bias"),
+               "halt": ("gate",)}
 MAY_DIFFER = ("device", "eval_interval")        # on --resume; everything else makes another run
 
 
@@ -71,11 +73,14 @@ def parse_args(argv):
     size, share = number(int, 1, 1_000_000), number(float, 0, 1)
     parser = Parser(prog="train.py", description="Train a Token-Selective Attention model, or one to compare it with.")
     group = parser.add_argument_group("model")
-    group.add_argument("--model", choices=MODELS, help="dense: plain; tsa: learned routing (default); exit: early exit")
+    group.add_argument("--model", choices=MODELS, help="dense: plain; tsa: learned routing (default); exit: early exit "
+                                                       "by confidence; halt: learned halting")
     group.add_argument("--gate", choices=GATES, help="tsa: the gate design (default soft, the paper's)")
-    group.add_argument("--lam", type=number(float, 0, 1000), help="tsa: weight of the depth loss (default 0.001)")
-    group.add_argument("--gate_bias", type=number(float, -50, 50), help="tsa: initial bias of the routers (default -1)")
-    group.add_argument("--threshold", type=share, help="tsa: halt above this probability (default 0.5); "
+    group.add_argument("--lam", type=number(float, 0, 1000), help="tsa, halt: weight of the depth loss (default 0.001, "
+                                                                    "halt 0.025)")
+    group.add_argument("--gate_bias", type=number(float, -50, 50), help="tsa, halt: initial bias of the routers "
+                                                                         "(default -1)")
+    group.add_argument("--threshold", type=share, help="tsa, halt: halt above this probability (default 0.5); "
                                                        "exit: leave above this confidence (default 0.9)")
     group.add_argument("--n_layer", type=size, help="blocks (default 6)")
     group.add_argument("--n_head", type=size, help="attention heads (laptop 4, paper 8)")
@@ -115,10 +120,12 @@ def resolve(given, data_name, device):
     if data_name == "enwik8" and flags["preset"] == "paper":
         flags["block_size"] = 256
     flags["dtype"] = "bfloat16" if multiplies_faster_in_bfloat16(device) else "float32"
+    if given["model"] == "halt":
+        flags["lam"] = HALT_LAM
     flags |= {flag: value for flag, value in given.items() if value is not None}
     flags |= {"data": data_name, "device": device}
     if flags["threshold"] is None:
-        flags["threshold"] = {"dense": None, "tsa": 0.5, "exit": 0.9}[flags["model"]]
+        flags["threshold"] = {"dense": None, "tsa": 0.5, "exit": 0.9, "halt": 0.5}[flags["model"]]
     for flag in MEANINGLESS[flags["model"]]:
         if given[flag] is not None:
             raise UserError(f"--{flag} means nothing to --model {flags['model']}: leave it out")
@@ -360,15 +367,16 @@ def finish(model, corpus, flags, rows, seconds, out_dir):
     config, windows = model.config, corpus.windows("val", model.config.block_size)
     print(f"scoring the whole validation split, {windows[0].numel():,} characters, as trained and as executed")
     trained, executed = evaluate(model, windows, "trained"), evaluate(model, windows, "gathered")
+    routed = config.model in ("tsa", "halt")
     result = {key: flags[key] for key in ("model", "gate", "lam", "gate_bias", "threshold", "seed", "data")}
     result["n_params"] = count_parameters(model)
     for key in ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "max_iters", "learning_rate", "dropout"):
         result[key] = flags[key]
     result |= {
         "step": flags["max_iters"], "val_loss": trained["loss"], "val_bpc": trained["loss"] / math.log(2),
-        "alpha": trained["alpha"] if config.model == "tsa" else None,
+        "alpha": trained["alpha"] if routed else None,
         "val_loss_executed": executed["loss"], "alpha_executed": executed["alpha_executed"],
-        "alpha_by_block": trained["alpha_by_block"] if config.model == "tsa" else None,
+        "alpha_by_block": trained["alpha_by_block"] if routed else None,
         "tlops_saved_executed": executed["tlops_saved"], "macs_saved_executed": executed["macs_saved"],
         "tokens_per_s": statistics.median(int(row["tokens_per_s"]) for row in rows if row["tokens_per_s"]),
         "device": flags["device"], "dtype": flags["dtype"], "torch": torch.__version__, "seconds": round(seconds, 1)}
@@ -492,7 +500,7 @@ def train(given, out_dir, resume, fresh):
         now = time.time()
         row["tokens_per_s"] = round((step - lap_step) * stats["gates"][0].numel() / (now - lap))
         line = f"step {step}/{max_iters}  loss {row['loss']:.4f}"
-        if config.model == "tsa":
+        if "depth_loss" in stats:
             by_block = stats["gates"].detach()[1:].mean((1, 2)).tolist()
             row["alpha_by_block"] = " ".join(f"{a:.3f}" for a in by_block)
             row["depth_loss"] = stats["depth_loss"].item()

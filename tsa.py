@@ -2,7 +2,8 @@
 Token-Selective Attention: a character transformer whose tokens choose how deep they go.
 
 From scratch after "Adaptive Computation Depth via Learned Token Routing in Transformers" (arXiv 2605.05222), beside
-the two models to compare it with: the plain transformer, and early exit (Elbayad et al. 2020, arXiv 1910.10073).
+the two models to compare it with, the plain transformer and early exit (Elbayad et al. 2020, arXiv 1910.10073), and
+one that goes past it: learned halting, whose training sees what inference runs.
 
 The one idea. A *gate* is a number in [0, 1] per token and block that scales both residual updates of the block:
 
@@ -15,6 +16,7 @@ Every model here is a rule that makes gates, and every way of running is a way o
     tsa     a router reads h after each block: p = sigmoid(W2 relu(W1 h + b1) + b2), the halting probability;  (3)
             the gate of the next block is made from p, in the paper gate = 1 - p                               (4)
     exit    gate = 1 until the token is sure of its next character, then 0 for good                            (5)
+    halt    ours: gate = 1 until the router says halt, then 0 for good, trained on the expected loss           (6)
 
 A gate of exactly 0 is a skipped token: it keeps its h. It still gives keys and values to the others, so attention
 stays exact, and a skipped block is cheap, not free. `run` says how gates are made and applied:
@@ -45,11 +47,11 @@ class UserError(Exception):
 @dataclass
 class Config:
     """Sizes and gate settings of one model; the defaults are the paper's for Tiny-Shakespeare (section 2)."""
-    model: str = "tsa"                  # dense, tsa or exit
+    model: str = "tsa"                  # dense, tsa, exit or halt
     gate: Optional[str] = "soft"        # tsa: a pair of GATES
-    lam: Optional[float] = 0.001        # tsa: weight of the depth loss
-    gate_bias: Optional[float] = -1.0   # tsa: where b2 of equation (3) starts; -1 opens the gates to 0.73
-    threshold: Optional[float] = 0.5    # tsa: halt above this p; exit: leave above this probability
+    lam: Optional[float] = 0.001        # tsa, halt: weight of the depth loss
+    gate_bias: Optional[float] = -1.0   # tsa, halt: where b2 of equation (3) starts; -1 opens the gates to 0.73
+    threshold: Optional[float] = 0.5    # tsa, halt: halt above this p; exit: leave above this confidence
     vocab_size: int = 65
     block_size: int = 128               # context: the longest sequence the positions reach
     n_layer: int = 6
@@ -169,10 +171,13 @@ class Attention(nn.Module):
         kv = self.key_value(x).view(B, T, 2, self.n_head, -1).permute(2, 0, 3, 1, 4)
         return kv if cache is None else cache.append(kv)
 
-    def forward(self, x, cache=None):
-        """x (B, T, C) -> (B, T, C). With a KV, T tokens are appended to what it holds (T = 1, or it is empty)."""
+    def forward(self, x, cache=None, seen=None):
+        """
+        x (B, T, C) -> (B, T, C). With a KV, T tokens are appended to what it holds (T = 1, or it is empty). seen
+        (B, T, C): what keys and values are made from, if not x.
+        """
         B, T, C = x.shape
-        k, v = self.keys_values(x, cache)
+        k, v = self.keys_values(x if seen is None else seen, cache)
         q = self.heads(self.query(x))
         if self.training and x.device.type == "cpu":
             # Written out: in bf16 on a CPU four times as fast, forward and back, as the fused kernel.
@@ -235,10 +240,10 @@ class Block(nn.Module):
         self.ln2 = nn.LayerNorm(config.n_embd)
         self.ffn = FeedForward(config)
 
-    def forward(self, x, gate=None, cache=None):
+    def forward(self, x, gate=None, cache=None, seen=None):
         """x (B, T, C), gate (B, T) or None for the ordinary block -> (B, T, C). Multiplies, so saves nothing."""
         if gate is None:
-            x = x + self.attn(self.ln1(x), cache)
+            x = x + self.attn(self.ln1(x), cache, None if seen is None else self.ln1(seen))
             return x + self.ffn(self.ln2(x))
         gate = gate.to(x.dtype).unsqueeze(-1)                                              # (B, T, 1)
         x = torch.addcmul(x, gate, self.attn(self.ln1(x), cache))      # x + gate * ..., in one pass over memory
@@ -261,6 +266,11 @@ class Block(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------------------
 # The three models: one loop over the blocks, and what each does between two blocks
+
+def cross_entropy(logits, targets):
+    """(B, T, V), (B, T) -> (B, T), 0 where the target is -1"""
+    return F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=-1, reduction="none")
+
 
 class Transformer(nn.Module):
     """The plain transformer, and the loop that all three models share."""
@@ -299,7 +309,8 @@ class Transformer(nn.Module):
         assert run in RUNS, run
         x = self.drop(self.wte(idx) + self.wpe.weight[start:start + T])                    # (B, T, C)
 
-        gate, used, exit_logits = None, [], []      # block 0, the stem, always runs: something must read the characters
+        stats = {"exit_logits": [], "seen": None}
+        gate, used = None, []       # block 0, the stem, always runs: something must read the characters
         for l, block in enumerate(self.blocks):
             if gates is not None and l > 0:
                 gate = gates[l]
@@ -308,30 +319,32 @@ class Transformer(nn.Module):
             if run == "gathered" and gate is not None:
                 rows = gate.flatten().nonzero().squeeze(1)                                 # (N,)
                 rows = None if len(rows) == B * T else rows     # nothing to skip: the plain block is the faster one
-            x = block(x, gate, kv) if rows is None else block.gathered(x, gate, rows, kv)
+            x = block(x, gate, kv, stats["seen"]) if rows is None else block.gathered(x, gate, rows, kv)
             used.append(torch.ones(B, T, device=idx.device) if gate is None else gate)
-            gate = self.after_block(l, x, gate, rows, exit_logits, run)
+            gate = self.after_block(l, x, gate, rows, stats, run)
 
-        stats = {"gates": torch.stack(used), "exit_logits": exit_logits}
+        logits = stats["exit_logits"][-1]
+        stats.setdefault("gates", torch.stack(used))
         if targets is None:
-            return exit_logits[-1], None, stats
-        # loss = task loss + lam * depth loss, the first a mean over the exits, of which only early exit's training has
-        # more than one.
-        scored = exit_logits if run == "trained" else exit_logits[-1:]
-        losses = [F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1) for logits in scored]
-        loss = stats["task_loss"] = torch.stack(losses).mean()
-        if self.config.model == "tsa":          # mean over the L-1 routers, batch and position: alpha, with a gradient
+            return logits, None, stats
+        loss = stats["task_loss"] = self.task_loss(stats, targets, run)
+        if self.config.model in ("tsa", "halt"):        # mean over the L-1 routers, batch and position: alpha
             stats["depth_loss"] = stats["gates"][1:].mean()
             loss = loss + self.config.lam * stats["depth_loss"]
-        return exit_logits[-1], loss, stats
+        return logits, loss, stats
 
-    def after_block(self, l, x, gate, rows, exit_logits, run):
+    def task_loss(self, stats, targets, run):
+        """The part of the loss that lam does not weigh: the mean cross-entropy of the scored characters."""
+        return cross_entropy(stats["exit_logits"][-1], targets).sum() / (targets >= 0).sum()
+
+    def after_block(self, l, x, gate, rows, stats, run):
         """
         What a model does between two blocks. x (B, T, C) is what block l left, gate (B, T) and rows (N,) how it ran,
-        None where it ran whole. Returns the gate of block l + 1, and appends to exit_logits where there is an exit.
+        None where it ran whole. Returns the gate of block l + 1, and appends to stats["exit_logits"] where there is
+        an exit.
         """
         if l == self.config.n_layer - 1:
-            exit_logits.append(self.logits(x))
+            stats["exit_logits"].append(self.logits(x))
         return None
 
     def logits(self, x, exit=-1):
@@ -346,9 +359,9 @@ class TSA(Transformer):
         super().__init__(config)
         self.routers = nn.ModuleList(Router(config) for _ in range(config.n_layer - 1))
 
-    def after_block(self, l, x, gate, rows, exit_logits, run):
+    def after_block(self, l, x, gate, rows, stats, run):
         if l == self.config.n_layer - 1:
-            return super().after_block(l, x, gate, rows, exit_logits, run)
+            return super().after_block(l, x, gate, rows, stats, run)
         training_sees, inference_runs = GATES[self.config.gate]
         make_gate = training_sees if run == "trained" else inference_runs
         return make_gate(self.routers[l](x), self.config.threshold)
@@ -361,7 +374,8 @@ class Exit(Transformer):
     probability exceeds the threshold: h is carried up unchanged, and its logits stay those of the block it left.
     """
 
-    def after_block(self, l, x, gate, rows, exit_logits, run):
+    def after_block(self, l, x, gate, rows, stats, run):
+        exit_logits = stats["exit_logits"]
         if run == "trained":
             exit_logits.append(self.logits(x, l))
             return None
@@ -378,8 +392,55 @@ class Exit(Transformer):
         # Equation (5). A token that left is as sure as it was, since its logits stay: it remains out.
         return (F.softmax(logits, dim=-1).amax(-1) <= self.config.threshold).float()
 
+    def task_loss(self, stats, targets, run):
+        scored = stats["exit_logits"] if run == "trained" else stats["exit_logits"][-1:]
+        return sum(cross_entropy(logits, targets).sum() for logits in scored) / len(scored) / (targets >= 0).sum()
 
-MODELS = {"dense": Transformer, "tsa": TSA, "exit": Exit}
+
+class Halt(TSA):
+    """
+    Ours: a token takes every block until its router says halt, and none after. h is read out by the same head wherever
+    it stopped, so this is TSA with another gate and another loss.
+
+    With p_l the probability of halting after block l, a token reaches block l + 1 with probability
+    survive_l = (1 - p_0) ... (1 - p_l), and what training sees is the expected loss over where it halts,
+
+        task loss = 1/2 sum over l of survive_{l-1} p_l CE_l + 1/2 CE_{L-1}                                      (6)
+
+    CE_l being the cross-entropy of reading h out after block l. No gate scales anything, so routers learn where to
+    stop and not how much to add. Half of the loss is the last block's: a deep block that nobody reaches yet would
+    never learn enough for anyone to want to reach it. Every token goes on to the top, to learn what it would have
+    gained, but the others see it as inference will leave it, halted where p exceeds the threshold.
+    """
+
+    def after_block(self, l, x, gate, rows, stats, run):
+        is_last = l == self.config.n_layer - 1
+        if is_last or run == "trained":
+            stats["exit_logits"].append(self.logits(x))
+        p = torch.ones_like(x[..., 0]) if is_last else self.routers[l](x)                  # (B, T)
+        goes_on = (p <= self.config.threshold).float()
+        if run != "trained":
+            return goes_on if gate is None else gate * goes_on
+        if l == 0:
+            stats["gates"], running = torch.ones_like(p).unsqueeze(0), torch.ones_like(p)
+        else:
+            running = stats["running"]          # 1 where inference would have run block l
+        stats["seen"] = x if l == 0 else torch.where(running.unsqueeze(-1) > 0, x, stats["seen"])
+        stats["running"] = running * goes_on
+        if not is_last:
+            stats["gates"] = torch.cat([stats["gates"], (stats["gates"][-1] * (1 - p)).unsqueeze(0)])
+        return None
+
+    def task_loss(self, stats, targets, run):
+        if run != "trained":
+            return super().task_loss(stats, targets, run)
+        survive = stats["gates"]                                                           # (L, B, T)
+        halts = survive - torch.cat([survive[1:], torch.zeros_like(survive[:1])])           # (L, B, T), sums to 1
+        losses = torch.stack([cross_entropy(logits, targets) for logits in stats["exit_logits"]])
+        return ((halts * losses).sum() + losses[-1].sum()) / 2 / (targets >= 0).sum()
+
+
+MODELS = {"dense": Transformer, "tsa": TSA, "exit": Exit, "halt": Halt}
 
 
 def build(config):
@@ -439,7 +500,7 @@ def macs_per_token(config, ran):
     """
     C, V, L = config.n_embd, config.vocab_size, config.n_layer
     blocks = sum(share * (12 * C * C + config.block_size * C) + (1 - share) * 2 * C * C for share in ran)
-    routers = (L - 1) * (C + 1) * config.router_width if config.model == "tsa" else 0
+    routers = (L - 1) * (C + 1) * config.router_width if config.model in ("tsa", "halt") else 0
     heads = sum(ran[1:]) if config.model == "exit" else 1       # who took a block asks there whether to leave
     return blocks + routers + heads * C * V
 
