@@ -118,9 +118,9 @@ def write_samples(model, saved, args, device):
             print(c + digits + "\n" if c == "\n" else c, end="", flush=True)
             digits = "" if c == "\n" else digits
         print("\n" + digits)
-        saved_share = tlops_saved((ran / n).tolist())
         print(f"{n} characters, {n / (time.perf_counter() - began):.0f} tokens/s, mean depth "
-              f"{statistics.mean(depths):.2f} of {L}, {saved_share:.1%} of token-layer operations saved", file=sys.stderr)
+              f"{statistics.mean(depths):.2f} of {L}, token-layer operations saved "
+              f"{tlops_saved((ran / n).tolist()):.1%}", file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------------------------------

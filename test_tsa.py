@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -666,7 +668,8 @@ def test_results_and_table(text_file, tmp_path, capsys):
         assert run_train("--model", model, "--data", text_file, "--max_iters", 3, "--out_dir", tmp_path / model) == 0
         result = json.loads((tmp_path / model / "result.json").read_text())
         assert [key for key in result if key != "thresholds"] == keys
-        assert (result["alpha"] is None) == (model in ("dense", "exit")) and (result["threshold"] is None) == (model == "dense")
+        assert (result["alpha"] is None) == (model in ("dense", "exit"))
+        assert (result["threshold"] is None) == (model == "dense")
     sweep = json.loads((tmp_path / "exit" / "result.json").read_text())["thresholds"]
     assert [row["threshold"] for row in sweep] == [.99, .95, .90, .85, .80, .75, .70, .65, .60, .55, .50, .40, .30]
     assert {"threshold", "val_loss", "alpha", "tlops_saved", "macs_saved"} < sweep[0].keys()
@@ -816,6 +819,70 @@ def test_bench_writes_its_rows(finished, monkeypatch, capsys):
             "speedup", "allowed"} < rows[0].keys()
     assert all(row["speedup"] == 1 and row["allowed"] == 1 for row in rows if row["run"] == "dense")
     assert "gates differ" in capsys.readouterr().out
+
+
+def test_depth_shows_as_colour_or_digit(finished, capsys, monkeypatch):
+    """In a terminal each character has the colour of its depth; in a pipe, or where NO_COLOR asks, a digit below."""
+    flags = ["--ckpt", str(finished / "ckpt.pt"), "--prompt", "The", "--max_new_tokens", "30", "--run", "masked"]
+    capsys.readouterr()
+    assert sample.main(flags) == 0
+    plain, remarks = capsys.readouterr()
+    text, digits = plain.splitlines()[::2], plain.splitlines()[1::2]
+    assert sum(map(len, text)) - 3 + plain.count("\n") // 2 - 1 == 30 and "tokens/s" in remarks
+    for i, (line, depths) in enumerate(zip(text, digits)):
+        unread = 3 * (i == 0)
+        assert set(depths[unread:]) <= set("123") and depths[:unread].isspace() == (i == 0)
+        assert len(depths) - len(line) in (0, 1)           # the newline has a depth too
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert sample.main(flags) == 0
+    colored, remarks = capsys.readouterr()
+    assert re.sub(r"\033\[[0-9;]*m", "", colored).split("\n")[:-2] == text[:-1] + text[-1:] and "of 3 blocks" in remarks
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert sample.main(flags) == 0 and capsys.readouterr().out == plain
+
+
+def test_map_has_a_box_for_each_gate(finished, tmp_path):
+    """Characters across, blocks up, a loss each: of validation text, or of a prompt, newline included."""
+    flags = ["--ckpt", str(finished / "ckpt.pt"), "--map", str(tmp_path / "map.svg")]
+    for prompt, n in (([], 16), (["--prompt", "lazy dog.\n"], 9)):
+        assert sample.main(flags + prompt) == 0
+        boxes = [e for e in ElementTree.parse(tmp_path / "map.svg").iter() if e.get("opacity")]
+        assert len(boxes) == n * (3 + 1)
+    assert sample.main(flags + ["--prompt", "T"]) == 2
+
+
+def test_rank_correlation_by_counting():
+    """Spearman's with ties: depth takes six values, so nearly everything is a tie."""
+    x, y = torch.tensor([3., 1, 2, 2, 5, 2]), torch.tensor([1., 2, 2, 3, 4, 0])
+    place = [[sum((a > b).item() + (a == b).item() / 2 for b in v) for a in v] for v in (x, y)]
+    expected = torch.corrcoef(torch.tensor(place))[0, 1].item()
+    assert abs(sample.rank_correlation(x, y) - expected) < 1e-6 and abs(sample.rank_correlation(x, -x) + 1) < 1e-9
+
+
+def test_analysis_covers_every_character(finished, text_file, tmp_path):
+    """Deciles and kinds each share out the whole validation split, and gates of other sequences change the loss."""
+    assert run_train("--model", "dense", "--data", text_file, "--max_iters", 2, "--out_dir", tmp_path / "plain") == 0
+    flags = ["--ckpt", str(finished / "ckpt.pt"), "--analyse", str(tmp_path / "plain" / "ckpt.pt")]
+    assert sample.main(flags) == 0
+    analysis = json.loads((finished / "analysis.json").read_text())
+    for group in ("entropy decile", "reads", "predicts"):
+        rows = [row for row in analysis["rows"] if row["by"].startswith(group) and row["depth"] == "as trained"]
+        assert sum(row["n"] for row in rows) == len(text_file.read_text()) // 10 // 16 * 16
+    assert analysis["loss"]["as trained"] != analysis["loss"]["as trained, gates permuted"]
+
+
+def test_kinds_of_characters():
+    """The kinds that depth is reported by."""
+    kinds = "capital, inside a word, space, first letter, punctuation, newline, punctuation".split(", ")
+    assert sample.kinds_of("An a.\n7") == kinds
+
+
+def test_plot_without_matplotlib_is_one_line(tmp_path, capsys, monkeypatch):
+    """It is no requirement: who wants the picture is told how to get it."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert train.main(["--plot", str(tmp_path / "results.csv")]) == 2
+    one_line(capsys, "pip install matplotlib")
 
 
 def test_both_programs_run_as_programs(text_file, tmp_path):

@@ -23,7 +23,8 @@ from torch.nn import functional as F
 from torch.utils.benchmark import Timer
 
 import data
-from tsa import Config, GATES, MODELS, UserError, build, default_run, generate, macs_saved, tlops_saved
+from tsa import (Config, GATES, MODELS, UserError, build, default_run, generate, macs_per_token, macs_saved,
+                 tlops_saved)
 
 PRESETS = {     # minutes on a laptop; the paper's section 2
     "laptop": dict(n_layer=6, n_head=4, n_embd=128, block_size=128, batch_size=16, max_iters=1800, learning_rate=1e-3,
@@ -104,6 +105,7 @@ def parse_args(argv):
     group.add_argument("--eval_interval", type=size, help="steps between evaluations and saves (laptop 150, paper 250)")
     group.add_argument("--out_dir", help="folder of the run (default out/MODEL-GATE)")
     group.add_argument("--table", metavar="DIR", help="print the finished runs below DIR, and write DIR/results.csv")
+    group.add_argument("--plot", metavar="CSV", help="draw such a results.csv, loss against multiply-adds, beside it")
     group = group.add_mutually_exclusive_group()
     group.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint, if any")
     group.add_argument("--fresh", action="store_true", help="start over in a folder that holds a run")
@@ -214,7 +216,10 @@ def print_table(folder):
     paths = sorted(Path(folder).rglob("result.json"))
     if not paths:
         raise UserError(f"--table {folder}: there is no finished run (result.json) below it")
-    rows = [{"run": path.parent.as_posix(), **json.loads(path.read_text(encoding="utf-8"))} for path in paths]
+    try:
+        rows = [{"run": path.parent.as_posix(), **json.loads(path.read_text(encoding="utf-8"))} for path in paths]
+    except ValueError as error:
+        raise UserError(f"--table {folder}: a result.json is damaged ({error}): delete it")
     lines = [TABLE_COLUMNS]
     for row in rows:
         cells = [row[column] for column in TABLE_COLUMNS]
@@ -224,7 +229,43 @@ def print_table(folder):
     for line in lines:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
     columns = dict.fromkeys(column for row in rows for column in row)       # early exit and the tasks have more
-    write_csv(Path(folder) / "results.csv", [dict.fromkeys(columns) | row for row in rows])
+    rows = [dict.fromkeys(columns) | row for row in rows]
+    for row in rows:
+        row["run"] = Path(row["run"]).relative_to(folder).as_posix()
+        for column in ("alpha_by_block", "thresholds"):
+            row[column] = json.dumps(row[column]) if row.get(column) else None
+    write_csv(Path(folder) / "results.csv", rows)
+    return 0
+
+
+def plot(path):
+    """
+    The rows of a results.csv as executed loss against executed multiply-adds, one curve a model and gate: plain models
+    by depth, routed ones by lam, early exit by threshold; each point the mean over seeds. Writes an SVG beside it.
+    """
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install matplotlib")
+    curves = {}         # label -> what tells its points apart -> [(million multiply-adds, loss) of each seed]
+    for row in read_csv(path):
+        sizes = {key: int(row[key]) for key in ("n_layer", "n_head", "n_embd", "block_size")}
+        plain = macs_per_token(Config(model="dense", **sizes), [1.0] * sizes["n_layer"]) / 1e6
+        label = " ".join(filter(None, (row["model"], row["gate"])))
+        points = {(row["n_layer"], row["lam"]): (row["macs_saved_executed"], row["val_loss_executed"])}
+        if row["thresholds"]:
+            points = {t["threshold"]: (t["macs_saved"], t["val_loss"]) for t in json.loads(row["thresholds"])}
+        for key, (saved, loss) in points.items():
+            seeds = curves.setdefault(label, {}).setdefault(key, [])
+            seeds.append((plain * (1 - float(saved)), float(loss)))
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for label, points in curves.items():
+        axes.plot(*np.array(sorted(np.mean(seeds, axis=0).tolist() for seeds in points.values())).T, "o-", label=label)
+    axes.set(xlabel="million multiply-adds a character, executed", ylabel="validation loss, as executed")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(Path(path).with_suffix(".svg"))
+    print(f"written to {Path(path).with_suffix('.svg')}")
     return 0
 
 
@@ -533,8 +574,10 @@ def main(argv=None):
     sys.stdout.reconfigure(errors="replace")       # a terminal may lack a character; that must not end a run
     try:
         args = vars(parse_args(argv))
-        table, out_dir, resume, fresh = (args.pop(key) for key in ("table", "out_dir", "resume", "fresh"))
-        return train(args, out_dir, resume, fresh) if table is None else print_table(table)
+        table, csv_path, out_dir, resume, fresh = map(args.pop, ("table", "plot", "out_dir", "resume", "fresh"))
+        if table is not None:
+            return print_table(table)
+        return train(args, out_dir, resume, fresh) if csv_path is None else plot(csv_path)
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
     except OSError as error:
