@@ -204,13 +204,16 @@ def analyse(model, plain, saved, args, device):
     """
     corpus, T = load_corpus(saved, args.ckpt), model.config.block_size
     idx, targets = (tokens.to(device) for tokens in corpus.windows("val", T))
-    columns, losses = {"executed": [], "as trained": [], "loss": [], "entropy": []}, {}
+    # The soft gates of tsa are scales: how deep a character goes is their sum. Others run a block or do not.
+    runs = {"executed": "masked"} | ({"as trained": "trained"} if model.config.model == "tsa" else {})
+    columns, losses = {name: [] for name in ("loss", "entropy", *runs)}, {}
     torch.manual_seed(args.seed)
-    for x, y in zip(idx.split(64), targets.split(64)):
+    for i, (x, y) in enumerate(zip(idx.split(64), targets.split(64))):
+        print(f"\r{64 * i} of {len(idx)} windows", end="", file=sys.stderr)
         log_p = F.log_softmax(plain(x)[0], dim=-1)
         columns["loss"].append(-log_p.gather(2, y.unsqueeze(2)).flatten())
         columns["entropy"].append(-(log_p.exp() * log_p).sum(-1).flatten())
-        for name, run in (("executed", "masked"), ("as trained", "trained")):
+        for name, run in runs.items():
             logits, _, stats = model(x, run=run)
             gates = stats["gates"]
             columns[name].append(depth_of(gates, run).flatten())
@@ -219,10 +222,11 @@ def analyse(model, plain, saved, args, device):
             for key, scored in ((name, logits), (name + ", gates permuted", permuted)):
                 loss = F.cross_entropy(scored.flatten(0, 1), y.flatten(), reduction="sum").item()
                 losses[key] = losses.get(key, 0) + loss / idx.numel()
+    print("\r", end="", file=sys.stderr)
     columns = {name: torch.cat(parts).cpu() for name, parts in columns.items()}
     print("loss:", ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
     rows = []
-    for name in ("executed", "as trained"):
+    for name in runs:
         for other in ("entropy", "loss"):
             value = rank_correlation(columns[name], columns[other])
             rows.append({"depth": name, "by": f"rank correlation with {other}", "value": value})
@@ -232,7 +236,7 @@ def analyse(model, plain, saved, args, device):
         for kind in sorted(set(kinds)):
             groups[f"{verb} {kind}"] = torch.tensor([k == kind for k in kinds]).nonzero().squeeze(1)
     for group, members in groups.items():
-        for name in ("executed", "as trained"):
+        for name in runs:
             rows.append({"depth": name, "by": group, "value": columns[name][members].mean().item(), "n": len(members)})
     for row in rows:
         print("{depth:11} {by:32} {value:.3f}".format(**row))
@@ -336,7 +340,9 @@ def run_bench(args, device):
         out_dir = args.out_dir or args.ckpt.parent
     dtype = getattr(torch, args.dtype)
     model, dense = (m.to(device, dtype).eval() for m in (model, build(replace(model.config, model="dense"))))
-    print(f"{torch.get_num_threads()} threads on {device}, torch {torch.__version__}; {model.config}")
+    minutes = BENCH_SECONDS * sum(map(len, BATCHES.values())) / 60
+    print(f"{torch.get_num_threads()} threads on {device}, torch {torch.__version__}; {model.config}; takes some "
+          f"{minutes:.0f} minutes")
     out_dir.mkdir(parents=True, exist_ok=True)
     rows = []
     for mode in BATCHES:

@@ -333,6 +333,8 @@ def sweep_exits(model, windows, batch_size=64):
         rows.append({"threshold": threshold, "val_loss": score["loss"], "alpha": score["alpha_executed"],
                      "tlops_saved": score["tlops_saved"], "macs_saved": score["macs_saved"],
                      "val_loss_frozen": (frozen[threshold] / (targets >= 0).sum()).item()})
+        print("threshold {threshold:.2f}: loss {val_loss:.4f}, saving {tlops_saved:.1%} of token-layer operations, "
+              "{macs_saved:.1%} of multiply-adds".format(**rows[-1]))
     model.config.threshold = own
     return rows
 

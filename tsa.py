@@ -324,7 +324,7 @@ class Transformer(nn.Module):
             gate = self.after_block(l, x, gate, rows, stats, run)
 
         logits = stats["exit_logits"][-1]
-        stats.setdefault("gates", torch.stack(used))
+        stats["gates"] = torch.stack(stats.get("survive", used))
         if targets is None:
             return logits, None, stats
         loss = stats["task_loss"] = self.task_loss(stats, targets, run)
@@ -417,19 +417,18 @@ class Halt(TSA):
         is_last = l == self.config.n_layer - 1
         if is_last or run == "trained":
             stats["exit_logits"].append(self.logits(x))
-        p = torch.ones_like(x[..., 0]) if is_last else self.routers[l](x)                  # (B, T)
+        if is_last:
+            return None
+        p = self.routers[l](x)                                                             # (B, T)
         goes_on = (p <= self.config.threshold).float()
         if run != "trained":
             return goes_on if gate is None else gate * goes_on
-        if l == 0:
-            stats["gates"], running = torch.ones_like(p).unsqueeze(0), torch.ones_like(p)
-        else:
-            running = stats["running"]          # 1 where inference would have run block l
+        running = stats.get("running", torch.ones_like(p))          # 1 where inference would have run block l
+        survive = stats.get("survive", [torch.ones_like(p)])
         stats["seen"] = x if l == 0 else torch.where(running.unsqueeze(-1) > 0, x, stats["seen"])
         stats["running"] = running * goes_on
-        if not is_last:
-            stats["gates"] = torch.cat([stats["gates"], (stats["gates"][-1] * (1 - p)).unsqueeze(0)])
-        return None
+        stats["survive"] = survive + [survive[-1] * (1 - p)]
+        return None         # no block is scaled
 
     def task_loss(self, stats, targets, run):
         if run != "trained":
