@@ -1,12 +1,13 @@
 """
 Look at a trained model.
 
-    python sample.py                                    write text, coloured by the depth that each character took
-    python sample.py --map map.svg                      draw which block read which character
-    python sample.py --analyse out/dense/ckpt.pt        is depth about difficulty? (beside a plain model)
-    python sample.py --bench                            what skipping is worth on the clock
+    python sample.py                                        write text, coloured by the depth it took to predict it
+    python sample.py --map map.svg                          draw which block read which character
+    python sample.py --analyse --plain out/dense/ckpt.pt    is depth about difficulty? (a plain model says what that is)
+    python sample.py --bench                                what skipping is worth on the clock
 
-Sampling needs nothing but the checkpoint: sizes, vocabulary and weights are in it. The others read the text again.
+Sampling needs nothing but the checkpoint: sizes, vocabulary and weights are in it. The others also read the text that
+the model was trained on.
 """
 import html
 import json
@@ -21,8 +22,9 @@ import torch
 from torch.nn import functional as F
 
 import data
-from train import Parser, keep_freed_memory, load_checkpoint, number, pick_device
-from tsa import Config, GATES, KV, RUNS, UserError, build, default_run, generate, macs_per_token, tlops_saved
+from train import MEANINGLESS, Parser, keep_freed_memory, load_checkpoint, number, pick_device
+from tsa import (Config, GATES, KV, RUNS, UserError, build, cross_entropy, default_run, generate, macs_per_token,
+                 macs_saved, tlops_saved)
 
 BATCHES = {"prefill": (1, 8, 64), "decode": (1, 8)}
 KEEPS = (1.0, 0.9, 0.726, 0.5, 0.3, 0.1)        # 0.726 is the paper's alpha on Tiny-Shakespeare
@@ -47,13 +49,16 @@ def parse_args(argv):
                                                                       "confidence, than in training")
     parser.add_argument("--map", type=Path, metavar="SVG", help="draw the gates over --prompt, or over validation "
                                                                 "text, instead")
-    parser.add_argument("--analyse", type=Path, metavar="PLAIN", help="set depth against difficulty on the validation "
-                        "split instead; PLAIN is the checkpoint of a plain model, whose entropy says what is difficult")
+    parser.add_argument("--analyse", action="store_true", help="set depth against difficulty on the validation split "
+                                                               "instead")
+    parser.add_argument("--plain", type=Path, help="with --analyse: checkpoint of a plain model of the same text; its "
+                                                   "entropy says what is difficult")
     parser.add_argument("--bench", action="store_true", help="time dense, masked and gathered instead; without a "
                                                              "checkpoint at the paper's width with random weights")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
                         help="of --bench (default float32)")
-    parser.add_argument("--out_dir", type=Path, help="where --bench writes bench.json (default: beside the checkpoint)")
+    parser.add_argument("--out_dir", type=Path, help="where --bench and --analyse write (default: beside the "
+                                                      "checkpoint)")
     return parser.parse_args(argv)
 
 
@@ -62,7 +67,21 @@ def load_corpus(saved, path):
     corpus = data.load(saved["flags"]["data"])
     if corpus.vocab != saved["vocab"]:
         raise UserError(f"the text of {path} has changed: its characters are not those of the training")
+    if corpus.is_task:
+        raise UserError(f"{path} was trained on {corpus.name}: this needs a model of a text")
     return corpus
+
+
+def load_model(args, device):
+    """--ckpt, or the newest one, run with the --gate and --threshold asked for -> model, what was saved."""
+    args.ckpt = args.ckpt or newest_checkpoint()
+    model, saved = load_checkpoint(args.ckpt, device)
+    for flag in ("gate", "threshold"):
+        if (value := getattr(args, flag)) is not None:
+            if flag in MEANINGLESS[model.config.model]:
+                raise UserError(f"--{flag} means nothing to {args.ckpt}, a {model.config.model} model: leave it out")
+            setattr(model.config, flag, value)
+    return model, saved
 
 
 def newest_checkpoint():
@@ -88,9 +107,11 @@ def paint(text, depth, n_layer):
 def write_samples(model, saved, args, device):
     """
     Print args.num continuations of the prompt as they are drawn, each character on the colour of its depth, or with
-    its depth as a digit below it where colours are unwanted (NO_COLOR) or would be noise (a pipe). Remarks: stderr.
+    its depth as a digit below it where colours are unwanted (NO_COLOR) or would be noise (a pipe). Its depth is that of
+    the token that predicted it. Remarks go to stderr.
     """
-    vocab, prompt, L = saved["vocab"], saved["prompt"] if args.prompt is None else args.prompt, model.config.n_layer
+    vocab, L = saved["vocab"], model.config.n_layer
+    prompt = saved["prompt"] if args.prompt is None else args.prompt
     if not prompt:
         raise UserError("--prompt is empty: give at least one character, or leave it out")
     idx = torch.tensor([data.encode(prompt, vocab)], device=device)                        # (1, T)
@@ -111,13 +132,15 @@ def write_samples(model, saved, args, device):
             c, depth = vocab[idx_next.item()], depth_of(gates, run).item()
             depths.append(depth)
             ran += gates[:, 0] > 0
+            digits += f"{min(round(depth), 9)}"
             if colored:
-                print(paint(c, depth, L) if c != "\n" else c, end="", flush=True)
-                continue
-            digits += str(round(depth))
-            print(c + digits + "\n" if c == "\n" else c, end="", flush=True)
+                print(c if c == "\n" else paint(c, depth, L), end="", flush=True)
+            else:
+                print(c, end="", flush=True)
+                if c == "\n":
+                    print(digits)
             digits = "" if c == "\n" else digits
-        print("\n" + digits)
+        print() if colored else print("\n" + digits)
         print(f"{n} characters, {n / (time.perf_counter() - began):.0f} tokens/s, mean depth "
               f"{statistics.mean(depths):.2f} of {L}, token-layer operations saved "
               f"{tlops_saved((ran / n).tolist()):.1%}", file=sys.stderr)
@@ -126,46 +149,52 @@ def write_samples(model, saved, args, device):
 # ----------------------------------------------------------------------------------------------------------------
 # The routing map, and depth against difficulty
 
+@torch.inference_mode()
 def draw_map(model, saved, args, device):
-    """Write an SVG: characters across, blocks up, each gate as a shade, and below them each character's own loss."""
+    """
+    Write an SVG: characters across, blocks up, each gate as a shade, and below them the loss of the character that was
+    to be predicted, a bar of 10 units a nat.
+    """
     if args.prompt is None:
         T = min(model.config.block_size, 96)
-        idx, targets = (t[:1, :T].to(device) for t in load_corpus(saved, args.ckpt).windows("val", T, 1))
+        idx, targets = (tokens[:1, :T].to(device) for tokens in load_corpus(saved, args.ckpt).windows("val", T, 1))
     else:
         tokens = torch.tensor([data.encode(args.prompt, saved["vocab"])], device=device)
         idx, targets = tokens[:, :-1], tokens[:, 1:]
         if not 0 < idx.size(1) <= model.config.block_size:
             raise UserError(f"--prompt must have 2 to {model.config.block_size + 1} characters to be drawn")
     run = args.run or default_run(model.config)
-    with torch.no_grad():
-        logits, _, stats = model(idx, run=run)
-    losses = F.cross_entropy(logits[0], targets[0], reduction="none").tolist()
-    gates, L, T, top = stats["gates"][:, 0].tolist(), model.config.n_layer, idx.size(1), 46
-    x0, width, height = 66, 11, 15
+    logits, _, stats = model(idx, run=run)
+    losses = cross_entropy(logits, targets)[0].tolist()
+    gates = stats["gates"][:, 0].tolist()                                                  # L lists of T
+    read, predicted = ([saved["vocab"][i] for i in tokens[0].tolist()] for tokens in (idx, targets))
+    L, T = len(gates), len(read)
+    left, top, width, height = 66, 46, 11, 15
+    bottom = top + L * height + 14
 
-    def text(x, y, words, more=""):
-        return f'<text x="{x}" y="{y}" {more}>{html.escape(words)}</text>'
+    def text(x, y, words):
+        words = words.replace("\n", "⏎") if words.isprintable() or words == "\n" else "?"     # XML has no form feed
+        return f'<text x="{x}" y="{y}">{html.escape(words)}</text>'
 
     def box(x, y, h, color, opacity):
         size = f'width="{width - 1}" height="{h:.1f}"'
         return f'<rect x="{x}" y="{y:.1f}" {size} fill="{color}" opacity="{opacity:.2f}"/>'
 
-    bottom = top + L * height + 14
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {x0 + T * width + 12} {bottom + 76}" '
+    title = f"{model.config.model} {model.config.gate or ''}, gates as {run}: dark is open, pale is closed"
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + T * width + 12} {bottom + 76}" '
              'font-family="monospace" font-size="12" fill="#222">',
-             '<rect width="100%" height="100%" rx="6" fill="#fff"/>',
-             text(8, 18, f"{model.config.model} {model.config.gate or ''}: the gate of each block (dark: open) where a "
-                         "character is read, and the loss of the one predicted below")]
+             '<rect width="100%" height="100%" rx="6" fill="#fff"/>', text(8, 18, title)]
+    for y, words in ((top - 8, "read"), (bottom + 4, "next"), (bottom + 22, "loss")):
+        parts.append(text(8, y, words))
+    for l in range(L):
+        y = top + (L - 1 - l) * height
+        parts.append(text(8, y + 11, f"block {l}"))
+        parts += [box(left + t * width, y, height - 1, "#1f5fbf", 0.08 + 0.92 * gates[l][t]) for t in range(T)]
     for t in range(T):
-        x, (read, predicted) = x0 + t * width, (saved["vocab"][i[0, t]].replace("\n", "⏎") for i in (idx, targets))
-        parts.append(text(x + 1, top - 8, read))
-        for l in range(L):
-            parts.append(box(x, top + (L - 1 - l) * height, height - 1, "#1f5fbf", 0.08 + 0.92 * gates[l][t]))
-        parts.append(text(x + 1, bottom + 4, predicted))
+        x = left + t * width
+        parts += [text(x + 1, top - 8, read[t]), text(x + 1, bottom + 4, predicted[t])]
         parts.append(box(x, bottom + 10, 10 * min(losses[t], 6), "#d9480f", 0.85))
-    parts += [text(8, top + (L - 1 - l) * height + 11, f"block {l}") for l in range(L)]
-    parts += [text(8, bottom + 4, "next"), text(8, bottom + 22, "loss"), text(8, top - 8, "read"), "</svg>"]
-    data.write_atomic(args.map, "\n".join(parts).encode("utf-8"))
+    data.write_atomic(args.map, "\n".join([*parts, "</svg>"]).encode("utf-8"))
     print(f"{args.map}: {T} characters, gates as {run}, mean loss {statistics.mean(losses):.3f}")
 
 
@@ -198,50 +227,60 @@ def kinds_of(text):
 @torch.inference_mode()
 def analyse(model, plain, saved, args, device):
     """
-    For every character of the validation split: depth as executed and as trained, against its loss, and against its
-    entropy under a plain model, which is what a causal gate could know. And is the gate about the token? Gates taken
-    from another sequence, drawn anew at each position and block, answer that.
+    For every character of the validation split: the depth it was given, against the plain model's loss on it, and
+    against the plain model's entropy there, which is what a causal gate could know. And is the gate about the token?
+    Each token is given the gates of the same position in another sequence: if the loss hardly moves, the gates knew
+    the position and no more.
     """
     corpus, T = load_corpus(saved, args.ckpt), model.config.block_size
     idx, targets = (tokens.to(device) for tokens in corpus.windows("val", T))
     # The soft gates of tsa are scales: how deep a character goes is their sum. Others run a block or do not.
     runs = {"executed": "masked"} | ({"as trained": "trained"} if model.config.model == "tsa" else {})
     columns, losses = {name: [] for name in ("loss", "entropy", *runs)}, {}
+    ran = torch.zeros(model.config.n_layer, device=device)
     torch.manual_seed(args.seed)
     for i, (x, y) in enumerate(zip(idx.split(64), targets.split(64))):
         print(f"\r{64 * i} of {len(idx)} windows", end="", file=sys.stderr)
         log_p = F.log_softmax(plain(x)[0], dim=-1)
         columns["loss"].append(-log_p.gather(2, y.unsqueeze(2)).flatten())
         columns["entropy"].append(-(log_p.exp() * log_p).sum(-1).flatten())
+        scores = {"plain model": cross_entropy(log_p, y)}
         for name, run in runs.items():
             logits, _, stats = model(x, run=run)
             gates = stats["gates"]
             columns[name].append(depth_of(gates, run).flatten())
-            order = torch.rand_like(gates).argsort(1)       # a permutation of the sequences for each block and position
-            permuted = model(x, run=run, gates=gates.gather(1, order))[0]
-            for key, scored in ((name, logits), (name + ", gates permuted", permuted)):
-                loss = F.cross_entropy(scored.flatten(0, 1), y.flatten(), reduction="sum").item()
-                losses[key] = losses.get(key, 0) + loss / idx.numel()
+            order = torch.rand(x.shape, device=device).argsort(0)       # other sequences, at each position anew
+            permuted = model(x, run=run, gates=gates.gather(1, order.expand_as(gates)))[0]
+            scores |= {name: cross_entropy(logits, y), f"{name}, gates permuted": cross_entropy(permuted, y)}
+            if run == "masked":
+                ran += (gates > 0).sum((1, 2))
+        for name, score in scores.items():
+            losses[name] = losses.get(name, 0) + score.sum().item() / idx.numel()
     print("\r", end="", file=sys.stderr)
+    for name, loss in losses.items():
+        print(f"loss {name:27} {loss:.4f}")
+    ran = (ran / idx.numel()).tolist()
+    print(f"executed: {tlops_saved(ran):.1%} of token-layer operations saved, {macs_saved(model.config, ran):.1%} of "
+          f"multiply-adds")
+
     columns = {name: torch.cat(parts).cpu() for name, parts in columns.items()}
-    print("loss:", ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
-    rows = []
-    for name in runs:
-        for other in ("entropy", "loss"):
-            value = rank_correlation(columns[name], columns[other])
-            rows.append({"depth": name, "by": f"rank correlation with {other}", "value": value})
     groups = {f"entropy decile {i + 1}": part for i, part in enumerate(columns["entropy"].argsort().tensor_split(10))}
     for verb, tokens in (("reads", idx), ("predicts", targets)):
         kinds = kinds_of("".join(saved["vocab"][i] for i in tokens.flatten().tolist()))
         for kind in sorted(set(kinds)):
             groups[f"{verb} {kind}"] = torch.tensor([k == kind for k in kinds]).nonzero().squeeze(1)
-    for group, members in groups.items():
-        for name in runs:
+    rows = []
+    for name in runs:
+        for other in ("entropy", "loss"):
+            value = rank_correlation(columns[name], columns[other])
+            rows.append({"depth": name, "by": f"rank correlation with {other}", "value": value})
+        for group, members in groups.items():
             rows.append({"depth": name, "by": group, "value": columns[name][members].mean().item(), "n": len(members)})
     for row in rows:
         print("{depth:11} {by:32} {value:.3f}".format(**row))
     path = (args.out_dir or args.ckpt.parent) / "analysis.json"
-    data.write_atomic(path, json.dumps({"loss": losses, "rows": rows}, indent=1).encode("utf-8"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data.write_atomic(path, json.dumps({"loss": losses, "ran": ran, "rows": rows}, indent=1).encode("utf-8"))
     print(f"written to {path}")
 
 
@@ -335,7 +374,7 @@ def run_bench(args, device):
     if args.ckpt is None:
         model, text, out_dir = build(Config(gate="skip", block_size=256)), None, args.out_dir or Path("out")
     else:
-        model, saved = load_checkpoint(args.ckpt, device)
+        model, saved = load_model(args, device)
         text = load_corpus(saved, args.ckpt).splits["val"].flatten().to(device)
         out_dir = args.out_dir or args.ckpt.parent
     dtype = getattr(torch, args.dtype)
@@ -370,24 +409,24 @@ def main(argv=None):
         if args.bench:
             run_bench(args, device)
             return 0
-        args.ckpt = args.ckpt or newest_checkpoint()
-        model, saved = load_checkpoint(args.ckpt, device)
+        model, saved = load_model(args, device)
         print(f"{args.ckpt}: {model.config.model}, step {saved['step']}", file=sys.stderr)
-        model.config.gate = args.gate or model.config.gate
-        model.config.threshold = model.config.threshold if args.threshold is None else args.threshold
         if args.map:
             draw_map(model, saved, args, device)
         elif args.analyse:
-            analyse(model, load_checkpoint(args.analyse, device)[0], saved, args, device)
+            if args.plain is None:
+                raise UserError("--analyse needs --plain, the checkpoint of a plain model of the same text")
+            plain, of_plain = load_checkpoint(args.plain, device)
+            if of_plain["vocab"] != saved["vocab"] or plain.config.block_size < model.config.block_size:
+                raise UserError(f"{args.plain} has another vocabulary or a shorter block_size than {args.ckpt}")
+            analyse(model, plain, saved, args, device)
         else:
             write_samples(model, saved, args, device)
         return 0
-    except UserError as error:
-        print(f"sample.py: {error}", file=sys.stderr)
     except BrokenPipeError:         # | head has seen enough; what is left to flush must not complain either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
+    except (UserError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print()

@@ -35,7 +35,7 @@ PRESETS = {     # minutes on a laptop; the paper's section 2
 # The synthetic tasks have the paper's sizes in both presets.
 TASK_PRESET = dict(n_head=4, n_embd=128, block_size=64, batch_size=256, max_iters=390, lam=0.01, eval_interval=39)
 CHECKPOINT_KEYS = {"config", "vocab", "prompt", "new_tokens", "flags", "step", "model", "optimizer", "seconds"}
-HALT_LAM = 0.025        # the price of depth in learned halting, where it buys less: about a quarter of the blocks go
+HALT_LAM = 0.025        # learned halting pays for depth alone, so its price is another: about a quarter is saved
 LOG_INTERVAL = 20
 LOG_COLUMNS = ("step", "loss", "task_loss", "depth_loss", "alpha_by_block", "tokens_per_s", "train_loss", "val_loss",
                "train_loss_executed", "val_loss_executed", "alpha_executed", "tlops_saved_executed",
@@ -247,10 +247,13 @@ def plot(path):
         from matplotlib import pyplot
     except ImportError:
         raise UserError("--plot needs matplotlib: pip install matplotlib")
+    settings = set()
     curves = {}         # label -> what tells its points apart -> [(million multiply-adds, loss) of each seed]
     for row in read_csv(path):
         sizes = {key: int(row[key]) for key in ("n_layer", "n_head", "n_embd", "block_size")}
         plain = macs_per_token(Config(model="dense", **sizes), [1.0] * sizes["n_layer"]) / 1e6
+        setting = tuple(row[key] for key in ("data", "n_embd", "block_size", "batch_size", "max_iters"))
+        settings.add(setting)
         label = " ".join(filter(None, (row["model"], row["gate"])))
         points = {(row["n_layer"], row["lam"]): (row["macs_saved_executed"], row["val_loss_executed"])}
         if row["thresholds"]:
@@ -258,6 +261,8 @@ def plot(path):
         for key, (saved, loss) in points.items():
             seeds = curves.setdefault(label, {}).setdefault(key, [])
             seeds.append((plain * (1 - float(saved)), float(loss)))
+    if len(settings) > 1:
+        raise UserError(f"{path} mixes data, sizes or steps, so that losses do not compare: {sorted(settings)}")
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     for label, points in curves.items():
         axes.plot(*np.array(sorted(np.mean(seeds, axis=0).tolist() for seeds in points.values())).T, "o-", label=label)
@@ -353,7 +358,7 @@ def keep_freed_memory():
 
 
 def seed_step(seed, step):
-    """All randomness of a step (batch, dropout, gate noise) follows from these two; step 0 is the initialisation."""
+    """All randomness of a step (batch, dropout) follows from these two; step 0 is the initialisation."""
     torch.manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
 
 
@@ -580,9 +585,7 @@ def main(argv=None):
         if table is not None:
             return print_table(table)
         return train(args, out_dir, resume, fresh) if csv_path is None else plot(csv_path)
-    except UserError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-    except OSError as error:
+    except (UserError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
     except RuntimeError as error:
         if "allocate" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
