@@ -241,7 +241,7 @@ def test_halting_trains_what_it_runs():
 
 
 def test_halting_loss_by_hand():
-    """Equation (6), a token at a time: half the expected loss over where it halts, half that of the last block."""
+    """Equation (7), a token at a time: what is to be expected where it halts, and what keeps every block learning."""
     model, idx, targets = tiny("halt", seed=2, threshold=1.0, lam=0.3), tokens(), tokens(seed=2)
     x, p, losses = model.wte(idx) + model.wpe(torch.arange(16)), [], []
     for l, block in enumerate(model.blocks):
@@ -256,9 +256,10 @@ def test_halting_loss_by_hand():
                 depth += survive / 48 / 3 if l > 0 else 0
                 expected += survive * p[l][b, t] * losses[l][b, t] / 48
                 survive *= 1 - p[l][b, t]
+    task = 0.4 * expected + 0.1 * sum(level.mean() for level in losses[1:]) / 3 + 0.5 * losses[-1].mean()
     _, loss, stats = model(idx, targets)
     torch.testing.assert_close(stats["depth_loss"], depth)
-    torch.testing.assert_close(loss, (expected + losses[-1].mean()) / 2 + 0.3 * depth)
+    torch.testing.assert_close(loss, task + 0.3 * depth)
 
 
 def test_replayed_gates_are_used():

@@ -304,7 +304,8 @@ class Transformer(nn.Module):
         replayed instead of the model's own (which are still computed, so that timings stay honest). cache: a list of
         L KV, empty for a prefill of T tokens, then T = 1; whole sequences otherwise.
 
-        stats: gates (L, B, T), block 0's all one; exit_logits, a list of (B, T, V) whose last are the logits; with
+        stats: gates (L, B, T), block 0's all one, or in Halt's training, where none is applied, the probabilities of
+        getting there; exit_logits, a list of (B, T, V) whose last are the logits; with
         targets also task_loss and, for tsa, depth_loss, the two parts of the loss.
         """
         B, T = idx.shape
@@ -314,7 +315,7 @@ class Transformer(nn.Module):
         assert run in RUNS, run
         x = self.drop(self.wte(idx) + self.wpe.weight[start:start + T])                    # (B, T, C)
 
-        stats = {"exit_logits": [], "seen": None}
+        stats = {"exit_logits": [], "seen": None}       # seen: what keys and values are made from, if not x
         gate, used = None, []       # block 0, the stem, always runs: something must read the characters
         for l, block in enumerate(self.blocks):
             if gates is not None and l > 0:
@@ -407,15 +408,20 @@ class Halt(TSA):
     Ours: a token takes every block until its router says halt, and none after. h is read out by the same head wherever
     it stopped, so this is TSA with another gate and another loss.
 
-    With p_l the probability of halting after block l, a token reaches block l + 1 with probability
-    survive_l = (1 - p_0) ... (1 - p_l), and what training sees is the expected loss over where it halts,
+    With p_l the probability of halting after block l, a token gets to block l with probability
+    survive_l = (1 - p_0) ... (1 - p_{l-1}), and training minimises what is to be expected where it halts:
 
-        task loss = 1/2 sum over l of survive_{l-1} p_l CE_l + 1/2 CE_{L-1}                                      (6)
+        task loss = sum over l of w_l CE_l,   w_l = 0.4 (survive_l - survive_{l+1})
+                                                  + 0.1 / (L-1) for l > 0, + 0.5 for l = L-1                     (7)
 
-    CE_l being the cross-entropy of reading h out after block l. No gate scales anything, so routers learn where to
-    stop and not how much to add. Half of the loss is the last block's: a deep block that nobody reaches yet would
-    never learn enough for anyone to want to reach it. Every token goes on to the top, to learn what it would have
-    gained, but the others see it as inference will leave it, halted where p exceeds the threshold.
+    CE_l being the cross-entropy of reading h out after block l, survive_0 = 1 and survive_L = 0. No gate scales
+    anything, so routers learn where to stop and not how much to add. The parts of w_l that do not ask the routers keep
+    every block worth getting to: a deep one that nobody gets to would never learn enough for anyone to want it. For
+    the same reason train.py raises lam from 0 over the first half: at first no block is worth its price.
+
+    Training takes every token to the top, to learn what each block would have gained it. But keys and values are made
+    from what inference will leave there, h where p first exceeded the threshold: up to where it halts, a token sees
+    exactly what it will see when it is executed.
     """
 
     def after_block(self, l, x, gate, rows, stats, run):
@@ -425,23 +431,27 @@ class Halt(TSA):
         if is_last:
             return None
         p = self.routers[l](x)                                                             # (B, T)
-        goes_on = (p <= self.config.threshold).float()
+        stays = binary(p, self.config.threshold)
         if run != "trained":
-            return goes_on if gate is None else gate * goes_on
-        running = stats.get("running", torch.ones_like(p))          # 1 where inference would have run block l
-        survive = stats.get("survive", [torch.ones_like(p)])
-        stats["seen"] = x if l == 0 else torch.where(running.unsqueeze(-1) > 0, x, stats["seen"])
-        stats["running"] = running * goes_on
-        stats["survive"] = survive + [survive[-1] * (1 - p)]
-        return None         # no block is scaled
+            return stays if gate is None else gate * stays
+        if l == 0:
+            stats |= {"seen": x, "running": torch.ones_like(p), "survive": [torch.ones_like(p)]}
+        # running is 1 where inference would have run block l, so that its h has changed.
+        stats["seen"] = torch.where(stats["running"].unsqueeze(-1) > 0, x, stats["seen"])
+        stats["running"] = stats["running"] * stays
+        stats["survive"].append(stats["survive"][-1] * (1 - p))
+        return None         # the next block runs whole
 
     def task_loss(self, stats, targets, run):
         if run != "trained":
             return super().task_loss(stats, targets, run)
-        survive = stats["gates"]                                                           # (L, B, T)
-        halts = survive - torch.cat([survive[1:], torch.zeros_like(survive[:1])])           # (L, B, T), sums to 1
+        survive = torch.stack(stats["survive"])                                            # (L, B, T)
+        halts = survive - torch.cat([survive[1:], torch.zeros_like(survive[:1])])          # (L, B, T), sums to 1
+        weights = 0.4 * halts
+        weights[1:] += 0.1 / (len(weights) - 1)
+        weights[-1] += 0.5
         losses = torch.stack([cross_entropy(logits, targets) for logits in stats["exit_logits"]])
-        return ((halts * losses).sum() + losses[-1].sum()) / 2 / (targets >= 0).sum()
+        return (weights * losses).sum() / (targets >= 0).sum()
 
 
 MODELS = {"dense": Transformer, "tsa": TSA, "exit": Exit, "halt": Halt}
