@@ -180,7 +180,8 @@ def draw_map(model, saved, args, device):
         size = f'width="{width - 1}" height="{h:.1f}"'
         return f'<rect x="{x}" y="{y:.1f}" {size} fill="{color}" opacity="{opacity:.2f}"/>'
 
-    title = f"{model.config.model} {model.config.gate or ''}, gates as {run}: dark is open, pale is closed"
+    name = " ".join(filter(None, (model.config.model, model.config.gate)))
+    title = f"{name}, gates as {run}: dark is open, pale is closed"
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + T * width + 12} {bottom + 76}" '
              'font-family="monospace" font-size="12" fill="#222">',
              '<rect width="100%" height="100%" rx="6" fill="#fff"/>', text(8, 18, title)]

@@ -264,8 +264,14 @@ def plot(path):
     if len(settings) > 1:
         raise UserError(f"{path} mixes data, sizes or steps, so that losses do not compare: {sorted(settings)}")
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for label, points in curves.items():
-        axes.plot(*np.array(sorted(np.mean(seeds, axis=0).tolist() for seeds in points.values())).T, "o-", label=label)
+    means = {label: np.array(sorted(np.mean(seeds, axis=0).tolist() for seeds in points.values()))
+             for label, points in curves.items()}
+    best = min(points[:, 1].min() for points in means.values())
+    top = 1.07 * best       # a model that falls apart when executed would leave no room for the others
+    for label, points in means.items():
+        axes.plot(*points.T, "o-", label=label if points[:, 1].min() < top else f"{label} (above: from "
+                                                                                f"{points[:, 1].min():.2f})")
+    axes.set_ylim(0.99 * best, top)
     axes.set(xlabel="million multiply-adds a character, executed", ylabel="validation loss, as executed")
     axes.grid(alpha=0.3)
     axes.legend()
