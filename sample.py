@@ -32,7 +32,7 @@ BENCH_SECONDS = 25                              # for each mode and batch size
 
 
 def parse_args(argv):
-    parser = Parser(prog="sample.py", description="Write text with a trained model.")
+    parser = Parser(prog="sample.py", description="Look at a trained model: write text, draw, analyse or time it.")
     parser.add_argument("--ckpt", type=Path, help="checkpoint (default: the newest out/*/ckpt.pt)")
     parser.add_argument("--prompt", help="text to continue (default: a new line; for copy and sort a task)")
     parser.add_argument("--max_new_tokens", type=number(int, 1, 10**9), help="characters a sample (default 500)")
@@ -67,9 +67,15 @@ def load_corpus(saved, path):
     corpus = data.load(saved["flags"]["data"])
     if corpus.vocab != saved["vocab"]:
         raise UserError(f"the text of {path} has changed: its characters are not those of the training")
+    return corpus
+
+
+def validation_windows(saved, path, T, n=None):
+    """The first n windows of the validation text, or all -> idx, targets (n, T); UserError for a task."""
+    corpus = load_corpus(saved, path)
     if corpus.is_task:
         raise UserError(f"{path} was trained on {corpus.name}: this needs a model of a text")
-    return corpus
+    return corpus.windows("val", T, n)
 
 
 def load_model(args, device):
@@ -140,7 +146,7 @@ def write_samples(model, saved, args, device):
                 if c == "\n":
                     print(digits)
             digits = "" if c == "\n" else digits
-        print() if colored else print("\n" + digits)
+        print("" if colored else "\n" + digits)
         print(f"{n} characters, {n / (time.perf_counter() - began):.0f} tokens/s, mean depth "
               f"{statistics.mean(depths):.2f} of {L}, token-layer operations saved "
               f"{tlops_saved((ran / n).tolist()):.1%}", file=sys.stderr)
@@ -157,7 +163,7 @@ def draw_map(model, saved, args, device):
     """
     if args.prompt is None:
         T = min(model.config.block_size, 96)
-        idx, targets = (tokens[:1, :T].to(device) for tokens in load_corpus(saved, args.ckpt).windows("val", T, 1))
+        idx, targets = (tokens.to(device) for tokens in validation_windows(saved, args.ckpt, T, 1))
     else:
         tokens = torch.tensor([data.encode(args.prompt, saved["vocab"])], device=device)
         idx, targets = tokens[:, :-1], tokens[:, 1:]
@@ -233,8 +239,8 @@ def analyse(model, plain, saved, args, device):
     Each token is given the gates of the same position in another sequence: if the loss hardly moves, the gates knew
     the position and no more.
     """
-    corpus, T = load_corpus(saved, args.ckpt), model.config.block_size
-    idx, targets = (tokens.to(device) for tokens in corpus.windows("val", T))
+    windows = validation_windows(saved, args.ckpt, model.config.block_size)
+    idx, targets = (tokens.to(device) for tokens in windows)                               # (n, T)
     # The soft gates of tsa are scales: how deep a character goes is their sum. Others run a block or do not.
     runs = {"executed": "masked"} | ({"as trained": "trained"} if model.config.model == "tsa" else {})
     columns, losses = {name: [] for name in ("loss", "entropy", *runs)}, {}

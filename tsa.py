@@ -270,7 +270,7 @@ class Block(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# The three models: one loop over the blocks, and what each does between two blocks
+# The four models: one loop over the blocks, and what each does between two blocks
 
 def cross_entropy(logits, targets):
     """(B, T, V), (B, T) -> (B, T), 0 where the target is -1"""
@@ -278,7 +278,7 @@ def cross_entropy(logits, targets):
 
 
 class Transformer(nn.Module):
-    """The plain transformer, and the loop that all three models share."""
+    """The plain transformer, and the loop that all models share."""
 
     def __init__(self, config):
         super().__init__()
@@ -305,8 +305,8 @@ class Transformer(nn.Module):
         L KV, empty for a prefill of T tokens, then T = 1; whole sequences otherwise.
 
         stats: gates (L, B, T), block 0's all one, or in Halt's training, where none is applied, the probabilities of
-        getting there; exit_logits, a list of (B, T, V) whose last are the logits; with
-        targets also task_loss and, for tsa, depth_loss, the two parts of the loss.
+        getting there; exit_logits, a list of (B, T, V) whose last are the logits; with targets also task_loss and, for
+        tsa and halt, depth_loss, the two parts of the loss.
         """
         B, T = idx.shape
         start = cache[0].length if cache else 0
