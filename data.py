@@ -2,8 +2,9 @@
 Text to train on: one file or a synthetic task, as characters, split into train, validation and test.
 
 `load(name)` takes "shakespeare", "enwik8", "stdlib" (the sources of Python's standard library, which are on every
-machine), the path of a UTF-8 text file, or a synthetic task of the paper, "copy" or "sort". Everything is a string of
-characters: a task's symbols are printable, so vocabulary, sampling and colouring need no special case.
+machine), the path of a UTF-8 text file, or a synthetic task: "copy" and "sort" are the paper's, "chain" is ours.
+Everything is a string of characters: a task's symbols are printable, so vocabulary, sampling and colouring need no
+special case.
 """
 import hashlib
 import http.client
@@ -32,25 +33,29 @@ HOMES = {       # file below FOLDER, where it is had from, size in bytes, sha256
 STALL_SECONDS, DOWNLOAD_SECONDS = 10, 600       # without a byte, and altogether
 ENWIK8_CUTS = 90_000_000, 95_000_000            # the paper's split, in characters
 
-TASKS = ("copy", "sort")
+TASKS = ("copy", "sort", "chain")
 PAD, BOS, SEP, EOS = ".^|$"                     # the 4 special symbols of the paper's vocabulary of 32
 SYMBOLS = "abcdefghijklmnopqrstuvwxyzAB"        # the other 28, in the order that sorting means
 LENGTH = 20                                     # of a source: what the paper's script runs (its text says 10)
 TRAIN_SEQUENCES, VAL_SEQUENCES = 10_000, 1_000
+DIGITS = "0123456789"
+CHAIN_ROUNDS, CHAIN_WIDTH, CHAIN_NEW = 8, 4, 0.2        # a letter for each place but the last round's: 28 again
+CHAIN_TRAIN_SEQUENCES = 100_000
 
 
 @dataclass
 class Data:
     """
     A corpus, encoded: token i is the character vocab[i]. splits: "train", "val", "test" to integer tensors, either
-    one stream of characters (n,) or, for a task, one sequence a row (n, 2 * LENGTH + 3). Nothing here reads "test":
-    it is held back for who needs a text that no decision has seen.
+    one stream of characters (n,) or, for a task, one sequence a row with its targets, -1 where none is scored
+    (n, 2, T). Nothing here reads "test": it is held back for who needs a text that no decision has seen.
     """
     name: str
     vocab: str
     prompt: str         # what sampling starts from when the user gives nothing
     splits: dict
     new_tokens: int = 500       # and how much it writes
+    hops: torch.Tensor | None = None        # chain: (n, T), how far each validation character is from its digit
 
     @property
     def is_task(self):
@@ -67,7 +72,7 @@ class Data:
     def check(self, block_size):
         """Raise UserError unless validation, the smallest split, holds block_size characters and one more."""
         if self.is_task:
-            length = self.splits["val"].size(1) - 1
+            length = self.splits["val"].size(2)
             if length > block_size:
                 raise UserError(f"--data {self.name} has sequences of {length}: --block_size must not be less")
         elif len(self.splits["val"]) <= block_size:
@@ -79,22 +84,18 @@ class Data:
         """Random windows, drawn by torch's global generator -> idx, targets (B, T) int64."""
         tokens = self.splits[split]
         if self.is_task:
-            return self.pair(tokens[torch.randint(len(tokens), (batch_size,), device=tokens.device)])
+            return tokens[torch.randint(len(tokens), (batch_size,), device=tokens.device)].long().unbind(1)
         start = torch.randint(len(tokens) - block_size, (batch_size, 1), device=tokens.device)
-        return self.pair(tokens[start + torch.arange(block_size + 1, device=tokens.device)])
+        rows = tokens[start + torch.arange(block_size + 1, device=tokens.device)].long()
+        return rows[:, :-1], rows[:, 1:]
 
     def windows(self, split, block_size, n=None):
         """The first n windows, or the whole split: side by side from its start -> idx, targets (n, T) int64."""
         tokens = self.splits[split]
-        return self.pair(tokens[:n] if self.is_task else tokens.unfold(0, block_size + 1, block_size)[:n])
-
-    def pair(self, rows):
-        """rows (n, T + 1) -> idx (n, T) and the characters that follow (n, T), -1 where none is scored."""
-        idx, targets = rows[:, :-1].long(), rows[:, 1:].long()
-        if self.is_task:        # only what comes after SEP can be known: the target and EOS
-            known = (idx == self.vocab.index(SEP)).cumsum(1) > 0
-            targets = targets.masked_fill(~known, -1)
-        return idx, targets
+        if self.is_task:
+            return tokens[:n].long().unbind(1)
+        rows = tokens.unfold(0, block_size + 1, block_size)[:n].long()
+        return rows[:, :-1], rows[:, 1:]
 
 
 def encode(text, vocab):
@@ -152,7 +153,7 @@ def fetch(name):
 
 def read_text(path):
     if not path.is_file():      # a folder, or a pipe that would never end, is not one either
-        raise UserError(f"--data {path} is not a file: give a text file, shakespeare, enwik8, stdlib, copy or sort")
+        raise UserError(f"--data {path} is not a file: give a text file, shakespeare, enwik8, stdlib, copy, sort or chain")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -192,14 +193,48 @@ def task_data(name):
     source = np.random.default_rng(0).integers(vocab.index(SYMBOLS[0]), len(vocab), size=(n, LENGTH))
     target = source if name == "copy" else np.sort(source, axis=1)
     bos, sep, eos = (np.full((n, 1), vocab.index(c)) for c in (BOS, SEP, EOS))
-    rows = torch.from_numpy(np.concatenate([bos, source, sep, target, eos], axis=1).astype(np.int32))
+    rows = np.concatenate([bos, source, sep, target, eos], axis=1)
     prompt = "".join(vocab[i] for i in rows[-1, :LENGTH + 2])
-    splits = {"train": rows[:TRAIN_SEQUENCES], "val": rows[TRAIN_SEQUENCES:]}
+    targets = rows[:, 1:].copy()
+    targets[:, :LENGTH + 1] = -1        # only what comes after SEP can be known: the target and EOS
+    pairs = torch.from_numpy(np.stack([rows[:, :-1], targets], axis=1).astype(np.int32))
+    splits = {"train": pairs[:TRAIN_SEQUENCES], "val": pairs[TRAIN_SEQUENCES:]}
     return Data(name, vocab, prompt, splits, new_tokens=LENGTH + 1)
+
+
+def chain_data():
+    """
+    A task that needs depth, with an easy one in the same sequence. 8 rounds of 4 places; a place holds a digit, or the
+    letter of a place of the round before, no two the same. What is asked at each place is the digit at the end of its
+    chain: 0 hops are copying, and each further hop asks for what another place found out first. Four chains stay
+    apart, so that who cannot follow them guesses one of four.
+    """
+    vocab = DIGITS + SYMBOLS
+    generator = np.random.default_rng(0)
+    n, W = CHAIN_TRAIN_SEQUENCES + VAL_SEQUENCES, CHAIN_WIDTH
+    row = np.arange(n)[:, None]
+
+    def shuffled(k):        # W different ones of k in every row
+        return generator.permuted(np.tile(np.arange(k), (n, 1)), axis=1)[:, :W]
+
+    idx = targets = shuffled(len(DIGITS))                                                  # (n, W), the first round
+    hops = np.zeros_like(idx)
+    for start in range(W, CHAIN_ROUNDS * W, W):
+        digits, before = shuffled(len(DIGITS)), start - W + shuffled(W)
+        is_digit = generator.random((n, W)) < CHAIN_NEW
+        idx = np.hstack([idx, np.where(is_digit, digits, len(DIGITS) + before)])
+        targets = np.hstack([targets, np.where(is_digit, digits, targets[row, before])])
+        hops = np.hstack([hops, np.where(is_digit, 0, hops[row, before] + 1)])
+    pairs = torch.from_numpy(np.stack([idx, targets], axis=1).astype(np.int32))
+    splits = {"train": pairs[:CHAIN_TRAIN_SEQUENCES], "val": pairs[CHAIN_TRAIN_SEQUENCES:]}
+    prompt = "".join(vocab[i] for i in idx[-1])
+    return Data("chain", vocab, prompt, splits, new_tokens=1, hops=torch.from_numpy(hops[CHAIN_TRAIN_SEQUENCES:]))
 
 
 def load(name=None):
     """The corpus `name`, see the top of this file; without a name Shakespeare, else stdlib and a line that says why."""
+    if name == "chain":
+        return chain_data()
     if name in TASKS:
         return task_data(name)
     if name is None:

@@ -90,8 +90,8 @@ def parse_args(argv):
     group.add_argument("--dropout", type=number(float, 0, 0.99), help="dropout (laptop 0, paper 0.1)")
     group = parser.add_argument_group("training")
     group.add_argument("--preset", choices=PRESETS, help="defaults for the flags; laptop, or paper on a GPU")
-    group.add_argument("--data", help="shakespeare, enwik8, stdlib, copy, sort, or a text file (default "
-                                       "shakespeare, else stdlib)")
+    group.add_argument("--data", help="shakespeare, enwik8, stdlib, copy, sort, chain, or a text file "
+                                       "(default shakespeare, else stdlib)")
     group.add_argument("--batch_size", type=size, help="windows a step (laptop 16, paper 64)")
     group.add_argument("--max_iters", type=size, help="steps (laptop 1800, paper 5000)")
     group.add_argument("--learning_rate", type=number(float, 0, 10), help="at the start; a cosine takes it to a tenth "
@@ -232,8 +232,8 @@ def print_table(folder):
     rows = [dict.fromkeys(columns) | row for row in rows]
     for row in rows:
         row["run"] = Path(row["run"]).relative_to(folder).as_posix()
-        for column in ("alpha_by_block", "thresholds"):
-            row[column] = json.dumps(row[column]) if row.get(column) else None
+        for column, value in row.items():
+            row[column] = json.dumps(value) if isinstance(value, list) else value
     write_csv(Path(folder) / "results.csv", rows)
     return 0
 
@@ -288,11 +288,13 @@ def evaluate(model, windows, run, batch_size=64):
     """
     Score windows (idx, targets), both (n, T), in float32. Returns a dictionary: loss, a mean over the scored
     characters; alpha, the mean gate of the blocks 1 ... L-1, and alpha_by_block; alpha_executed, the share of those
-    token-blocks whose gate is not 0, and what it saves; for tasks accuracies, and alpha over the scored characters.
+    token-blocks whose gate is not 0, and what it saves; for tasks accuracies, and alpha over the scored characters;
+    right and depth (n, T): was the character predicted, and how many blocks did it take, soft ones by their scale.
     """
     model.eval()
     idx, targets = windows
     loss = hits = whole = gates_sum = gates_scored = ran = 0
+    rights, depths = [], []
     for x, y in zip(idx.split(batch_size), targets.split(batch_size)):
         logits, _, stats = model(x, run=run)
         scored, right, gates = y >= 0, logits.argmax(-1) == y, stats["gates"]
@@ -302,6 +304,8 @@ def evaluate(model, windows, run, batch_size=64):
         gates_sum += gates.sum((1, 2))                                                     # (L,)
         gates_scored += (gates * scored).sum((1, 2))
         ran += (gates > 0).sum((1, 2))
+        rights.append(right)
+        depths.append(gates.sum(0))
     model.train()
     n_scored, n_gated = (targets >= 0).sum(), max(len(ran) - 1, 1)
     ran = (ran / idx.numel()).tolist()
@@ -316,6 +320,7 @@ def evaluate(model, windows, run, batch_size=64):
         "token_accuracy": (hits / n_scored).item(),
         "sequence_accuracy": (whole / len(idx)).item(),
         "alpha_scored": (gates_scored[1:].sum() / n_scored / n_gated).item(),
+        "right": torch.cat(rights), "depth": torch.cat(depths),
     }
 
 
@@ -348,6 +353,18 @@ def sweep_exits(model, windows, batch_size=64):
               "{macs_saved:.1%} of multiply-adds".format(**rows[-1]))
     model.config.threshold = own
     return rows
+
+
+def score_hops(trained, executed, all_hops, hops):
+    """The characters of a chain that are so many hops from their digit: accuracy and depth of both evaluations."""
+    members = all_hops == hops
+    row = {"hops": hops, "n": members.sum().item()}
+    for ending, score in (("", trained), ("_executed", executed)):
+        for key, column in (("right", "accuracy"), ("depth", "depth")):
+            row[column + ending] = score[key][members].float().mean().item()
+    print("{hops} hops: {accuracy:.3f} right at depth {depth:.2f} as trained, {accuracy_executed:.3f} at "
+          "{depth_executed:.2f} as executed".format(**row))
+    return row
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -436,6 +453,9 @@ def finish(model, corpus, flags, rows, seconds, out_dir):
         "device": flags["device"], "dtype": flags["dtype"], "torch": torch.__version__, "seconds": round(seconds, 1)}
     if corpus.is_task:
         result |= {key: trained[key] for key in ("token_accuracy", "sequence_accuracy", "alpha_scored")}
+    if corpus.hops is not None:
+        result["by_hops"] = [score_hops(trained, executed, corpus.hops.to(flags["device"]), hops)
+                             for hops in corpus.hops.unique().tolist()]
     if config.model == "exit":
         print(f"sweeping early exit over {len(THRESHOLDS)} thresholds")
         result["thresholds"] = sweep_exits(model, windows)
