@@ -10,6 +10,7 @@ import hashlib
 import http.client
 import io
 import os
+import string
 import sysconfig
 import time
 import urllib.request
@@ -39,7 +40,8 @@ SYMBOLS = "abcdefghijklmnopqrstuvwxyzAB"        # the other 28, in the order tha
 LENGTH = 20                                     # of a source: what the paper's script runs (its text says 10)
 TRAIN_SEQUENCES, VAL_SEQUENCES = 10_000, 1_000
 DIGITS = "0123456789"
-CHAIN_ROUNDS, CHAIN_WIDTH, CHAIN_NEW = 8, 4, 0.2        # a letter for each place but the last round's: 28 again
+CHAIN_ROUNDS, CHAIN_WIDTH, CHAIN_NEW = 7, 8, 0.2
+PLACES = string.ascii_letters[:(CHAIN_ROUNDS - 1) * CHAIN_WIDTH]        # names of all places but the last round's
 CHAIN_TRAIN_SEQUENCES = 100_000
 
 
@@ -204,12 +206,12 @@ def task_data(name):
 
 def chain_data():
     """
-    A task that needs depth, with an easy one in the same sequence. 8 rounds of 4 places; a place holds a digit, or the
+    A task that needs depth, with an easy one in the same sequence. 7 rounds of 8 places; a place holds a digit, or the
     letter of a place of the round before, no two the same. What is asked at each place is the digit at the end of its
-    chain: 0 hops are copying, and each further hop asks for what another place found out first. Four chains stay
-    apart, so that who cannot follow them guesses one of four.
+    chain: 0 hops are copying, and each further hop asks for what another place found out first. Eight chains stay
+    apart, so that who cannot follow them guesses one of eight.
     """
-    vocab = DIGITS + SYMBOLS
+    vocab = DIGITS + PLACES
     generator = np.random.default_rng(0)
     n, W = CHAIN_TRAIN_SEQUENCES + VAL_SEQUENCES, CHAIN_WIDTH
     row = np.arange(n)[:, None]

@@ -329,6 +329,11 @@ def test_cached_text_is_uncached_text(settings):
         torch.testing.assert_close(drawn[0][1], drawn[1][1])
 
 
+def matrix_flops(counter):
+    """Without fused attention, which some versions of PyTorch count, as if it were not causal, and some do not."""
+    return sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
+
+
 def test_skipped_token_is_still_cached():
     """While decoding, a token that skips every block does its keys and values there, and nothing else."""
     model, idx = tiny(gate="skip").double(), tokens(B=1)
@@ -339,8 +344,8 @@ def test_skipped_token_is_still_cached():
     model(idx[:, :9], run="gathered", gates=gates[:, :, :9], cache=cache)
     with FlopCounterMode(display=False) as counter:
         model(idx[:, 9:10], run="gathered", gates=gates[:, :, 9:10], cache=cache)
-    stem, routers, head = 2 * 12 * 16 * 16, 3 * 2 * 16 * 16, 2 * 16 * 11       # the counter knows no attention here
-    assert counter.get_total_flops() == stem + routers + head + 3 * 2 * 2 * 16 * 16
+    stem, routers, head = 2 * 12 * 16 * 16, 3 * 2 * 16 * 16, 2 * 16 * 11
+    assert matrix_flops(counter) == stem + routers + head + 3 * 2 * 2 * 16 * 16
     after = [model(idx[:, t:t + 1], run="gathered", gates=gates[:, :, t:t + 1], cache=cache)[0] for t in range(10, 16)]
     torch.testing.assert_close(torch.cat(after, 1), whole[:, 10:], rtol=1e-10, atol=1e-10)
 
@@ -356,9 +361,8 @@ def test_counted_multiply_adds_are_what_ran(settings):
     ran = (gates > 0).float().mean((1, 2)).tolist()
     assert min(ran) > 0 and (settings["model"] == "dense" or min(ran) < 1)
     expected = macs_per_token(model.config, ran)
-    expected -= sum(ran) * 16 * 16              # fused attention on the CPU is not in PyTorch's list,
-    expected -= 16 * len(getattr(model, "routers", []))     # nor is the routers' last layer, a sum
-    assert abs(counter.get_total_flops() / 2 / 16 - expected) < 1e-3
+    expected -= sum(ran) * 16 * 16 + 16 * len(getattr(model, "routers", []))      # attention; their last layer is a sum
+    assert abs(matrix_flops(counter) / 2 / 16 - expected) < 1e-3
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -456,11 +460,11 @@ def test_chain_asks_for_the_digit_that_the_letters_lead_to():
     idx, targets = corpus.windows("val", 64)
     for row, target, hops in zip(idx[:20], targets, corpus.hops):
         text = "".join(corpus.vocab[i] for i in row)
-        assert len(text) == 32 and text[:4].isdigit()
-        for place in range(32):
+        assert len(text) == 56 and text[:8].isdigit()
+        for place in range(56):
             at, n = place, 0
             while not text[at].isdigit():
-                at, n = data.SYMBOLS.index(text[at]), n + 1
+                at, n = data.PLACES.index(text[at]), n + 1
             assert (corpus.vocab[target[place]], hops[place]) == (text[at], n)
         letters = [c for c in text if c.isalpha()]
         assert len(set(letters)) == len(letters)        # so that chains stay apart
