@@ -438,16 +438,15 @@ def finish(model, corpus, flags, rows, seconds, out_dir):
     config, windows = model.config, corpus.windows("val", model.config.block_size)
     print(f"scoring the whole validation split, {windows[0].numel():,} characters, as trained and as executed")
     trained, executed = evaluate(model, windows, "trained"), evaluate(model, windows, "gathered")
-    routed = config.model in ("tsa", "halt")
     result = {key: flags[key] for key in ("model", "gate", "lam", "gate_bias", "threshold", "seed", "data")}
     result["n_params"] = count_parameters(model)
     for key in ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "max_iters", "learning_rate", "dropout"):
         result[key] = flags[key]
     result |= {
         "step": flags["max_iters"], "val_loss": trained["loss"], "val_bpc": trained["loss"] / math.log(2),
-        "alpha": trained["alpha"] if routed else None,
+        "alpha": trained["alpha"] if config.has_routers else None,
         "val_loss_executed": executed["loss"], "alpha_executed": executed["alpha_executed"],
-        "alpha_by_block": trained["alpha_by_block"] if routed else None,
+        "alpha_by_block": trained["alpha_by_block"] if config.has_routers else None,
         "tlops_saved_executed": executed["tlops_saved"], "macs_saved_executed": executed["macs_saved"],
         "tokens_per_s": statistics.median(int(row["tokens_per_s"]) for row in rows if row["tokens_per_s"]),
         "device": flags["device"], "dtype": flags["dtype"], "torch": torch.__version__, "seconds": round(seconds, 1)}

@@ -60,6 +60,10 @@ class Config:
     dropout: float = 0.1
 
     @property
+    def has_routers(self):
+        return self.model in ("tsa", "halt")
+
+    @property
     def router_width(self):
         return max(self.n_embd // 4, 16)
 
@@ -334,7 +338,7 @@ class Transformer(nn.Module):
         if targets is None:
             return logits, None, stats
         loss = stats["task_loss"] = self.task_loss(stats, targets, run)
-        if self.config.model in ("tsa", "halt"):        # mean over the L-1 routers, batch and position: alpha
+        if self.config.has_routers:     # mean over the L-1 routers, batch and position: alpha
             stats["depth_loss"] = stats["gates"][1:].mean()
             loss = loss + self.config.lam * stats["depth_loss"]
         return logits, loss, stats
@@ -514,7 +518,7 @@ def macs_per_token(config, ran):
     """
     C, V, L = config.n_embd, config.vocab_size, config.n_layer
     blocks = sum(share * (12 * C * C + config.block_size * C) + (1 - share) * 2 * C * C for share in ran)
-    routers = (L - 1) * (C + 1) * config.router_width if config.model in ("tsa", "halt") else 0
+    routers = (L - 1) * (C + 1) * config.router_width if config.has_routers else 0
     heads = sum(ran[1:]) if config.model == "exit" else 1       # who took a block asks there whether to leave
     return blocks + routers + heads * C * V
 
