@@ -94,41 +94,9 @@ def skip(p, threshold):
     """The soft scale stays as it was trained; only the tokens that had nearly halted go."""
     return (1 - p) * (p <= threshold)
 
-def straight(p, threshold):
-    """Hard in the forward pass, soft in the backward one: what is trained is what runs."""
-    return binary(p, threshold) + (1 - p) - (1 - p).detach()
-
-def concrete(p, threshold, noise=True):
-    """A sample of the binary concrete distribution (Maddison et al. 2017, arXiv 1611.00712) at temperature 2/3."""
-    open_logit = -torch.logit(p, eps=1e-6)
-    if noise:
-        open_logit = open_logit + torch.logit(torch.rand_like(p), eps=1e-6)
-    return torch.sigmoid(open_logit / (2 / 3))
-
-def concrete_straight(p, threshold):
-    """The sample, rounded in the forward pass."""
-    sample = concrete(p, threshold)
-    return (sample > 0.5).float() + sample - sample.detach()
-
-def dead_zone(p, threshold):
-    """A stretched scale, exactly 0 and exactly 1 at its ends: no gradient there, and no noise to come back."""
-    return (1.2 * (1 - p) - 0.1).clamp(0, 1)
-
-def hard_concrete(p, threshold):
-    """The stretched sample of Louizos et al. 2018 (arXiv 1712.01312): 0 or 1 often, in between seldom."""
-    return (1.2 * concrete(p, threshold) - 0.1).clamp(0, 1)
-
-def hard_concrete_mean(p, threshold):
-    return (1.2 * concrete(p, threshold, noise=False) - 0.1).clamp(0, 1)
-
 GATES = {           # --gate: (training sees, inference runs)
     "soft": (soft, binary),
     "skip": (soft, skip),
-    "straight": (straight, binary),
-    "concrete": (concrete_straight, binary),
-    "dead_zone": (dead_zone, dead_zone),
-    "hard_concrete": (hard_concrete, hard_concrete_mean),
-    "constant": (soft, skip),           # with a router that does not read h: one learned gate a block
 }
 
 
@@ -139,12 +107,9 @@ class Router(nn.Module):
         super().__init__()
         self.fc = nn.Linear(config.n_embd, config.router_width)
         self.out = nn.Linear(config.router_width, 1)
-        self.is_constant = config.gate == "constant"
         nn.init.constant_(self.out.bias, config.gate_bias)
 
     def forward(self, h):
-        if self.is_constant:
-            return torch.sigmoid(self.out.bias.float()).expand(h.shape[:2])
         # h comes without a LayerNorm: how far the residual stream has grown is itself a sign of depth.
         hidden = F.relu_(self.fc(h)).float()
         # Always float32 from here, written as a sum so that autocast leaves it alone: near p = 1, bf16 would round
