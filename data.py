@@ -155,7 +155,8 @@ def fetch(name):
 
 def read_text(path):
     if not path.is_file():      # a folder, or a pipe that would never end, is not one either
-        raise UserError(f"--data {path} is not a file: give a text file, shakespeare, enwik8, stdlib, copy, sort or chain")
+        raise UserError(f"--data {path} is not a file: give a text file, or shakespeare, enwik8, stdlib, copy, sort, "
+                        f"chain")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
