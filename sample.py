@@ -70,14 +70,6 @@ def load_corpus(saved, path):
     return corpus
 
 
-def validation_windows(saved, path, T, n=None):
-    """The first n windows of the validation text, or all -> idx, targets (n, T); UserError for a task."""
-    corpus = load_corpus(saved, path)
-    if corpus.is_task:
-        raise UserError(f"{path} was trained on {corpus.name}: this needs a model of a text")
-    return corpus.windows("val", T, n)
-
-
 def load_model(args, device):
     """--ckpt, or the newest one, run with the --gate and --threshold asked for -> model, what was saved."""
     args.ckpt = args.ckpt or newest_checkpoint()
@@ -163,7 +155,7 @@ def draw_map(model, saved, args, device):
     """
     if args.prompt is None:
         T = min(model.config.block_size, 96)
-        idx, targets = (tokens.to(device) for tokens in validation_windows(saved, args.ckpt, T, 1))
+        idx, targets = (tokens.to(device) for tokens in load_corpus(saved, args.ckpt).windows("val", T, 1))
     else:
         tokens = torch.tensor([data.encode(args.prompt, saved["vocab"])], device=device)
         idx, targets = tokens[:, :-1], tokens[:, 1:]
@@ -173,7 +165,7 @@ def draw_map(model, saved, args, device):
     logits, _, stats = model(idx, run=run)
     losses = cross_entropy(logits, targets)[0].tolist()
     gates = stats["gates"][:, 0].tolist()                                                  # L lists of T
-    read, predicted = ([saved["vocab"][i] for i in tokens[0].tolist()] for tokens in (idx, targets))
+    read, predicted = ([saved["vocab"][i] if i >= 0 else " " for i in row.tolist()] for row in (idx[0], targets[0]))
     L, T = len(gates), len(read)
     left, top, width, height = 66, 46, 11, 15
     bottom = top + L * height + 14
@@ -239,8 +231,10 @@ def analyse(model, plain, saved, args, device):
     Each token is given the gates of the same position in another sequence: if the loss hardly moves, the gates knew
     the position and no more.
     """
-    windows = validation_windows(saved, args.ckpt, model.config.block_size)
-    idx, targets = (tokens.to(device) for tokens in windows)                               # (n, T)
+    corpus = load_corpus(saved, args.ckpt)
+    if corpus.is_task:
+        raise UserError(f"{args.ckpt} was trained on {corpus.name}: --analyse needs a model of a text")
+    idx, targets = (x.to(device) for x in corpus.windows("val", model.config.block_size))          # (n, T)
     # The soft gates of tsa are scales: how deep a character goes is their sum. Others run a block or do not.
     runs = {"executed": "masked"} | ({"as trained": "trained"} if model.config.model == "tsa" else {})
     columns, losses = {name: [] for name in ("loss", "entropy", *runs)}, {}
