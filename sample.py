@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional as F
 
 import data
-from train import MEANINGLESS, Parser, keep_freed_memory, load_checkpoint, number, pick_device
+from train import MEANINGLESS, Parser, keep_freed_memory, load_checkpoint, load_corpus, number, pick_device
 from tsa import (Config, GATES, KV, RUNS, UserError, build, cross_entropy, default_run, generate, macs_per_token,
                  macs_saved, tlops_saved)
 
@@ -60,14 +60,6 @@ def parse_args(argv):
     parser.add_argument("--out_dir", type=Path, help="where --bench and --analyse write (default: beside the "
                                                       "checkpoint)")
     return parser.parse_args(argv)
-
-
-def load_corpus(saved, path):
-    """The text that a model was trained on; UserError where it has changed since."""
-    corpus = data.load(saved["flags"]["data"])
-    if corpus.vocab != saved["vocab"]:
-        raise UserError(f"the text of {path} has changed: its characters are not those of the training")
-    return corpus
 
 
 def load_model(args, device):
@@ -163,7 +155,7 @@ def draw_map(model, saved, args, device):
             raise UserError(f"--prompt must have 2 to {model.config.block_size + 1} characters to be drawn")
     run = args.run or default_run(model.config)
     logits, _, stats = model(idx, run=run)
-    losses = cross_entropy(logits, targets)[0].tolist()
+    losses = cross_entropy(logits, targets)[0].tolist()    # 0 where nothing is scored
     gates = stats["gates"][:, 0].tolist()                                                  # L lists of T
     read, predicted = ([saved["vocab"][i] if i >= 0 else " " for i in row.tolist()] for row in (idx[0], targets[0]))
     L, T = len(gates), len(read)
@@ -183,7 +175,7 @@ def draw_map(model, saved, args, device):
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + T * width + 12} {bottom + 76}" '
              'font-family="monospace" font-size="12" fill="#222">',
              '<rect width="100%" height="100%" rx="6" fill="#fff"/>', text(8, 18, title)]
-    for y, words in ((top - 8, "read"), (bottom + 4, "next"), (bottom + 22, "loss")):
+    for y, words in ((top - 8, "read"), (bottom + 4, "target"), (bottom + 22, "loss")):
         parts.append(text(8, y, words))
     for l in range(L):
         y = top + (L - 1 - l) * height
@@ -194,7 +186,7 @@ def draw_map(model, saved, args, device):
         parts += [text(x + 1, top - 8, read[t]), text(x + 1, bottom + 4, predicted[t])]
         parts.append(box(x, bottom + 10, 10 * min(losses[t], 6), "#d9480f", 0.85))
     data.write_atomic(args.map, "\n".join([*parts, "</svg>"]).encode("utf-8"))
-    print(f"{args.map}: {T} characters, gates as {run}, mean loss {statistics.mean(losses):.3f}")
+    print(f"{args.map}: {T} characters, gates as {run}, mean loss {sum(losses) / (targets >= 0).sum():.3f}")
 
 
 def ranks(x):
@@ -293,7 +285,7 @@ def timed(call, device):
     began = time.perf_counter()
     call()
     if device != "cpu":
-        torch.accelerator.synchronize()
+        torch.accelerator.synchronize(device)
     return time.perf_counter() - began
 
 
@@ -376,7 +368,7 @@ def run_bench(args, device):
         model, text, out_dir = build(Config(gate="skip", block_size=256)), None, args.out_dir or Path("out")
     else:
         model, saved = load_model(args, device)
-        text = load_corpus(saved, args.ckpt).splits["val"].flatten().to(device)
+        text = load_corpus(saved, args.ckpt).windows("val", model.config.block_size)[0].flatten().to(device)
         out_dir = args.out_dir or args.ckpt.parent
     dtype = getattr(torch, args.dtype)
     model, dense = (m.to(device, dtype).eval() for m in (model, build(replace(model.config, model="dense"))))

@@ -23,8 +23,8 @@ from torch.nn import functional as F
 from torch.utils.benchmark import Timer
 
 import data
-from tsa import (Config, GATES, MODELS, UserError, build, default_run, generate, macs_per_token, macs_saved,
-                 tlops_saved)
+from tsa import (Config, GATES, MODELS, UserError, build, cross_entropy, default_run, generate, macs_per_token,
+                 macs_saved, tlops_saved)
 
 PRESETS = {     # minutes on a laptop; the paper's section 2
     "laptop": dict(n_layer=6, n_head=4, n_embd=128, block_size=128, batch_size=16, max_iters=1800, learning_rate=1e-3,
@@ -34,7 +34,6 @@ PRESETS = {     # minutes on a laptop; the paper's section 2
 }
 # The synthetic tasks have the paper's sizes in both presets.
 TASK_PRESET = dict(n_head=4, n_embd=128, block_size=64, batch_size=256, max_iters=390, lam=0.01, eval_interval=39)
-CHECKPOINT_KEYS = {"config", "vocab", "prompt", "new_tokens", "flags", "step", "model", "optimizer", "seconds"}
 HALT_LAM = 0.04         # the default lam of learned halting, which at that price leaves out about a fifth of the blocks
 LOG_INTERVAL = 20
 LOG_COLUMNS = ("step", "loss", "task_loss", "depth_loss", "alpha_by_block", "tokens_per_s", "train_loss", "val_loss",
@@ -42,6 +41,8 @@ LOG_COLUMNS = ("step", "loss", "task_loss", "depth_loss", "alpha_by_block", "tok
                "macs_saved_executed")
 TABLE_COLUMNS = ("run", "data", "n_layer", "n_embd", "lam", "seed", "step", "val_loss", "val_loss_executed", "alpha",
                  "alpha_executed", "tlops_saved_executed", "macs_saved_executed", "tokens_per_s")
+SETTING_COLUMNS = ("data", "n_embd", "n_head", "block_size", "batch_size", "max_iters", "learning_rate", "dropout")
+POINT_COLUMNS = ("n_layer", "lam", "gate_bias", "threshold")       # with these the same, runs differ by seed
 EVAL_WINDOWS = 64       # scored while training, always the same; the end scores the whole validation split
 THRESHOLDS = (.99, .95, .90, .85, .80, .75, .70, .65, .60, .55, .50, .40, .30)      # the paper's early-exit sweep
 MEANINGLESS = {"dense": ("gate", "lam", "gate_bias", "threshold"), "tsa": (), "exit": ("gate", "lam", "gate_bias"),
@@ -181,7 +182,6 @@ def load_checkpoint(path, device="cpu"):
         saved = torch.load(path, map_location=device, weights_only=True)
         model = build(Config(**saved["config"]))
         model.load_state_dict(saved["model"])
-        assert CHECKPOINT_KEYS <= saved.keys(), "keys are missing"
     except UserError:       # a gate of the user's own, no longer in GATES
         raise
     except OSError as error:
@@ -190,6 +190,14 @@ def load_checkpoint(path, device="cpu"):
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} is damaged or not a checkpoint of train.py ({reason[:100]})")
     return model.to(device).eval(), saved
+
+
+def load_corpus(saved, path):
+    """The text that a model was trained on; UserError where it has changed since."""
+    corpus = data.load(saved["flags"]["data"])
+    if corpus.vocab != saved["vocab"]:
+        raise UserError(f"the text of {path} has changed: its characters are not those of the training")
+    return corpus
 
 
 def save_checkpoint(path, **contents):
@@ -218,9 +226,10 @@ def print_table(folder):
     if not paths:
         raise UserError(f"--table {folder}: there is no finished run (result.json) below it")
     try:
-        rows = [{"run": path.parent.as_posix(), **json.loads(path.read_text(encoding="utf-8"))} for path in paths]
+        rows = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     except ValueError as error:
         raise UserError(f"--table {folder}: a result.json is damaged ({error}): delete it")
+    rows = [{"run": path.parent.relative_to(folder).as_posix()} | row for path, row in zip(paths, rows)]
     lines = [TABLE_COLUMNS]
     for row in rows:
         cells = [row[column] for column in TABLE_COLUMNS]
@@ -232,7 +241,6 @@ def print_table(folder):
     columns = dict.fromkeys(column for row in rows for column in row)       # early exit and the tasks have more
     rows = [dict.fromkeys(columns) | row for row in rows]
     for row in rows:
-        row["run"] = Path(row["run"]).relative_to(folder).as_posix()
         for column, value in row.items():
             row[column] = json.dumps(value) if isinstance(value, list) else value
     write_csv(Path(folder) / "results.csv", rows)
@@ -251,17 +259,14 @@ def plot(path):
     settings = set()
     curves = {}         # label -> what tells its points apart -> [(million multiply-adds, loss) of each seed]
     for row in read_csv(path):
-        sizes = {key: int(row[key]) for key in ("n_layer", "n_head", "n_embd", "block_size")}
-        plain = macs_per_token(Config(model="dense", **sizes), [1.0] * sizes["n_layer"]) / 1e6
-        setting = tuple(row[key] for key in ("data", "n_embd", "block_size", "batch_size", "max_iters"))
-        settings.add(setting)
+        settings.add(tuple(row[key] for key in SETTING_COLUMNS))
         label = " ".join(filter(None, (row["model"], row["gate"])))
-        points = {(row["n_layer"], row["lam"]): (row["macs_saved_executed"], row["val_loss_executed"])}
-        if row["thresholds"]:
-            points = {t["threshold"]: (t["macs_saved"], t["val_loss"]) for t in json.loads(row["thresholds"])}
-        for key, (saved, loss) in points.items():
+        points = {tuple(row[key] for key in POINT_COLUMNS): (row["macs_executed"], row["val_loss_executed"])}
+        if row.get("thresholds"):
+            points = {t["threshold"]: (t["macs"], t["val_loss"]) for t in json.loads(row["thresholds"])}
+        for key, (macs, loss) in points.items():
             seeds = curves.setdefault(label, {}).setdefault(key, [])
-            seeds.append((plain * (1 - float(saved)), float(loss)))
+            seeds.append((float(macs) / 1e6, float(loss)))
     if len(settings) > 1:
         raise UserError(f"{path} mixes data, sizes or steps, so that losses do not compare: {sorted(settings)}")
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
@@ -289,39 +294,31 @@ def evaluate(model, windows, run, batch_size=64):
     """
     Score windows (idx, targets), both (n, T), in float32. Returns a dictionary: loss, a mean over the scored
     characters; alpha, the mean gate of the blocks 1 ... L-1, and alpha_by_block; alpha_executed, the share of those
-    token-blocks whose gate is not 0, and what it saves; for tasks accuracies, and alpha over the scored characters;
-    right and depth (n, T): was the character predicted, and how many blocks did it take, soft ones by their scale.
+    token-blocks whose gate is not 0, what that saves, and macs, the multiply-adds of a token; accuracies; right and
+    depth (n, T): was the character predicted, and how many blocks did it take, soft ones by their scale.
     """
     model.eval()
     idx, targets = windows
-    loss = hits = whole = gates_sum = gates_scored = ran = 0
-    rights, depths = [], []
+    parts = []
     for x, y in zip(idx.split(batch_size), targets.split(batch_size)):
         logits, _, stats = model(x, run=run)
-        scored, right, gates = y >= 0, logits.argmax(-1) == y, stats["gates"]
-        loss += F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=-1, reduction="sum")
-        hits += (right & scored).sum()
-        whole += (right | ~scored).all(1).sum()
-        gates_sum += gates.sum((1, 2))                                                     # (L,)
-        gates_scored += (gates * scored).sum((1, 2))
-        ran += (gates > 0).sum((1, 2))
-        rights.append(right)
-        depths.append(gates.sum(0))
+        parts.append((cross_entropy(logits, y), logits.argmax(-1) == y, stats["gates"]))
     model.train()
-    n_scored, n_gated = (targets >= 0).sum(), max(len(ran) - 1, 1)
-    ran = (ran / idx.numel()).tolist()
-    alpha_executed = sum(ran[1:]) / n_gated
+    losses, right, gates = (torch.cat(part, dim=-2) for part in zip(*parts))               # (n, T) twice, (L, n, T)
+    scored, n_gated = targets >= 0, max(len(gates) - 1, 1)
+    alpha_by_block = gates[1:].mean((1, 2)).tolist()
+    ran = (gates > 0).float().mean((1, 2)).tolist()
     return {
-        "loss": (loss / n_scored).item(),
-        "alpha": (gates_sum[1:].sum() / idx.numel() / n_gated).item(),
-        "alpha_by_block": (gates_sum[1:] / idx.numel()).tolist(),
-        "alpha_executed": alpha_executed,
+        "loss": (losses.sum() / scored.sum()).item(),
+        "alpha": sum(alpha_by_block) / n_gated,
+        "alpha_by_block": alpha_by_block,
+        "alpha_executed": sum(ran[1:]) / n_gated,
         "tlops_saved": tlops_saved(ran),
         "macs_saved": macs_saved(model.config, ran),
-        "token_accuracy": (hits / n_scored).item(),
-        "sequence_accuracy": (whole / len(idx)).item(),
-        "alpha_scored": (gates_scored[1:].sum() / n_scored / n_gated).item(),
-        "right": torch.cat(rights), "depth": torch.cat(depths),
+        "macs": macs_per_token(model.config, ran),
+        "token_accuracy": ((right & scored).sum() / scored.sum()).item(),
+        "sequence_accuracy": (right | ~scored).all(1).float().mean().item(),
+        "right": right, "depth": gates.sum(0),
     }
 
 
@@ -342,13 +339,13 @@ def sweep_exits(model, windows, batch_size=64):
             leaves[0], leaves[-1] = False, True     # the stem ends no token, the last block takes the rest
             block = leaves.float().argmax(0)                                               # (B, T), the first to leave
             logits = levels.gather(0, block[None, :, :, None].expand_as(levels[:1]))[0]
-            frozen[threshold] += F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=-1, reduction="sum")
+            frozen[threshold] += cross_entropy(logits, y).sum()
     rows, own = [], model.config.threshold
     for threshold in THRESHOLDS:
         model.config.threshold = threshold
         score = evaluate(model, windows, "gathered")
         rows.append({"threshold": threshold, "val_loss": score["loss"], "alpha": score["alpha_executed"],
-                     "tlops_saved": score["tlops_saved"], "macs_saved": score["macs_saved"],
+                     "tlops_saved": score["tlops_saved"], "macs_saved": score["macs_saved"], "macs": score["macs"],
                      "val_loss_frozen": (frozen[threshold] / (targets >= 0).sum()).item()})
         print("threshold {threshold:.2f}: loss {val_loss:.4f}, saving {tlops_saved:.1%} of token-layer operations, "
               "{macs_saved:.1%} of multiply-adds".format(**rows[-1]))
@@ -449,10 +446,11 @@ def finish(model, corpus, flags, rows, seconds, out_dir):
         "val_loss_executed": executed["loss"], "alpha_executed": executed["alpha_executed"],
         "alpha_by_block": trained["alpha_by_block"] if config.has_routers else None,
         "tlops_saved_executed": executed["tlops_saved"], "macs_saved_executed": executed["macs_saved"],
+        "macs_executed": executed["macs"],
         "tokens_per_s": statistics.median(int(row["tokens_per_s"]) for row in rows if row["tokens_per_s"]),
         "device": flags["device"], "dtype": flags["dtype"], "torch": torch.__version__, "seconds": round(seconds, 1)}
     if corpus.is_task:
-        result |= {key: trained[key] for key in ("token_accuracy", "sequence_accuracy", "alpha_scored")}
+        result |= {key: trained[key] for key in ("token_accuracy", "sequence_accuracy")}
     if corpus.hops is not None:
         result["by_hops"] = [score_hops(trained, executed, corpus.hops.to(flags["device"]), hops)
                              for hops in corpus.hops.unique().tolist()]
@@ -492,9 +490,7 @@ def train(given, out_dir, resume, fresh):
         if result_path.exists():
             print(f"{out_dir} is finished: step {saved['step']} of {flags['max_iters']}")
             return 0
-        corpus = data.load(flags["data"])
-        if corpus.vocab != saved["vocab"]:
-            raise UserError(f"--data {flags['data']} has changed: its characters are not those of the run in {out_dir}")
+        corpus = load_corpus(saved, ckpt_path)
     else:
         corpus, saved = data.load(given["data"]), {"step": 0, "seconds": 0.0}
         flags = resolve(given, corpus.name, device)
@@ -534,7 +530,13 @@ def train(given, out_dir, resume, fresh):
         return columns | {"alpha_executed": executed["alpha_executed"], "tlops_saved_executed": executed["tlops_saved"],
                           "macs_saved_executed": executed["macs_saved"]}
 
+    def check_finite():
+        if not finite:
+            raise UserError(f"the loss is not finite at step {step}: {ckpt_path} keeps the last good step; "
+                            f"start over with a lower --learning_rate")
+
     def save():
+        check_finite()
         write_csv(log_path, rows)
         save_checkpoint(ckpt_path, config=vars(config), vocab=corpus.vocab, prompt=corpus.prompt,
                         new_tokens=corpus.new_tokens, flags=flags, step=step, model=model.state_dict(),
@@ -543,14 +545,13 @@ def train(given, out_dir, resume, fresh):
     model.train()
     compiled = try_compile(model, forward_backward) if flags["compile"] else model
     optimizer.zero_grad()
-    began = time.time()
+    began, finite = time.time(), torch.tensor(True, device=device)
     if not resume:
         rows.append(dict.fromkeys(LOG_COLUMNS) | {"step": 0} | evaluate_probes())
         print(f"step 0: validation loss {rows[0]['val_loss']:.4f}, where guessing blindly is ln({len(corpus.vocab)}) = "
               f"{math.log(len(corpus.vocab)):.4f}")
         save()
     lap, lap_step, first_step = time.time(), step, step
-    finite = torch.tensor(True, device=device)
     stop = stop_on_signal()
     while step < max_iters and not stop:
         step += 1
@@ -563,15 +564,12 @@ def train(given, out_dir, resume, fresh):
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        finite &= torch.isfinite(loss + norm)       # looked at only before a save: else a GPU would wait each step
-
+        finite &= torch.isfinite(loss + norm)       # looked at only now and then: else a GPU would wait each step
         evaluates = step % flags["eval_interval"] == 0 or step == max_iters
         logs = evaluates or step % LOG_INTERVAL == 0
-        if (logs or stop) and not finite:
-            raise UserError(f"the loss is not finite at step {step}: {ckpt_path} keeps the last good step; "
-                            f"start over with a lower --learning_rate")
         if not logs:
             continue
+        check_finite()
         row = dict.fromkeys(LOG_COLUMNS) | {"step": step, "loss": loss.item(), "task_loss": stats["task_loss"].item()}
         now = time.time()
         row["tokens_per_s"] = round((step - lap_step) * stats["gates"][0].numel() / (now - lap))
@@ -619,6 +617,8 @@ def main(argv=None):
         if "allocate" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
             raise
         print("train.py: out of memory: choose a smaller --batch_size, --block_size or --n_embd", file=sys.stderr)
+    except KeyboardInterrupt:       # while nothing trains: there is nothing to save
+        return 130
     return 2
 
 

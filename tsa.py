@@ -210,7 +210,7 @@ class Attention(nn.Module):
             else:
                 # Each sequence keeps its own number of tokens: sort them to the front, in order, and cut at the
                 # longest, n. What fills up the shorter ones asks too, and is dropped before the projection.
-                keep = gate > 0
+                keep = gate != 0
                 n = int(keep.sum(1).max())
                 position = (~keep).argsort(dim=1, stable=True)[:, :n]                      # (B, n), in a sequence
                 asking = (position + T * torch.arange(B, device=x.device).unsqueeze(1)).flatten()   # in B * T
@@ -276,6 +276,15 @@ class Block(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------
 # The four models: one loop over the blocks, and what each does between two blocks
 
+def open_rows(gate):
+    """
+    Places in B * T of the tokens whose gate (B, T) is not 0, (N,). None where that is all of them: then the plain block
+    is the faster one.
+    """
+    rows = gate.flatten().nonzero().squeeze(1)
+    return None if len(rows) == gate.numel() else rows
+
+
 def cross_entropy(logits, targets):
     """(B, T, V), (B, T) -> (B, T), 0 where the target is -1"""
     return F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=-1, reduction="none")
@@ -325,13 +334,12 @@ class Transformer(nn.Module):
             if gates is not None and l > 0:
                 gate = gates[l]
             kv = cache[l] if cache else None
-            rows = None
-            if run == "gathered" and gate is not None:
-                rows = gate.flatten().nonzero().squeeze(1)                                 # (N,)
-                rows = None if len(rows) == B * T else rows     # nothing to skip: the plain block is the faster one
+            rows = open_rows(gate) if run == "gathered" and gate is not None else None
             x = block(x, gate, kv, stats["seen"]) if rows is None else block.gathered(x, gate, rows, kv)
             used.append(torch.ones(B, T, device=idx.device) if gate is None else gate)
-            gate = self.after_block(l, x, gate, rows, stats, run)
+            self.read_out(l, x, gate, rows, stats, run)
+            if l < self.config.n_layer - 1:
+                gate = self.next_gate(l, x, gate, stats, run)
 
         logits = stats["exit_logits"][-1]
         stats["gates"] = torch.stack(stats.get("survive", used))
@@ -347,14 +355,16 @@ class Transformer(nn.Module):
         """The part of the loss that lam does not weigh: the mean cross-entropy of the scored characters."""
         return cross_entropy(stats["exit_logits"][-1], targets).sum() / (targets >= 0).sum()
 
-    def after_block(self, l, x, gate, rows, stats, run):
+    def read_out(self, l, x, gate, rows, stats, run):
         """
-        What a model does between two blocks. x (B, T, C) is what block l left, gate (B, T) and rows (N,) how it ran,
-        None where it ran whole. Returns the gate of block l + 1, and appends to stats["exit_logits"] where there is
-        an exit.
+        Append to stats["exit_logits"] where block l has an exit: here, the last. x (B, T, C) is what the block left,
+        gate (B, T) and rows (N,) how it ran, None where it ran whole.
         """
         if l == self.config.n_layer - 1:
             stats["exit_logits"].append(self.logits(x))
+
+    def next_gate(self, l, x, gate, stats, run):
+        """The gate (B, T) of block l + 1, None where it runs whole, from what block l left and its own gate."""
         return None
 
     def logits(self, x, exit=-1):
@@ -369,9 +379,7 @@ class TSA(Transformer):
         super().__init__(config)
         self.routers = nn.ModuleList(Router(config) for _ in range(config.n_layer - 1))
 
-    def after_block(self, l, x, gate, rows, stats, run):
-        if l == self.config.n_layer - 1:
-            return super().after_block(l, x, gate, rows, stats, run)
+    def next_gate(self, l, x, gate, stats, run):
         training_sees, inference_runs = GATES[self.config.gate]
         make_gate = training_sees if run == "trained" else inference_runs
         return make_gate(self.routers[l](x), self.config.threshold)
@@ -384,23 +392,23 @@ class Exit(Transformer):
     probability exceeds the threshold: h is carried up unchanged, and its logits stay those of the block it left.
     """
 
-    def after_block(self, l, x, gate, rows, stats, run):
+    def read_out(self, l, x, gate, rows, stats, run):
         exit_logits = stats["exit_logits"]
         if run == "trained":
             exit_logits.append(self.logits(x, l))
-            return None
-        if l == 0:
-            return None
-        if exit_logits and rows is not None:
+        elif l == 1 or l > 1 and gate is None:      # all tokens are still there
+            exit_logits.append(self.logits(x, l))
+        elif l > 1 and rows is None:
+            exit_logits.append(torch.where(gate.unsqueeze(-1) > 0, self.logits(x, l), exit_logits[-1]))
+        elif l > 1:
             logits = self.logits(x.flatten(0, 1).index_select(0, rows), l)                 # (N, V)
-            logits = exit_logits[-1].flatten(0, 1).index_copy(0, rows, logits).view_as(exit_logits[-1])
-        else:
-            logits = self.logits(x, l)                                                     # (B, T, V)
-            if exit_logits and gate is not None:
-                logits = torch.where(gate.unsqueeze(-1) > 0, logits, exit_logits[-1])
-        exit_logits.append(logits)
+            exit_logits.append(exit_logits[-1].flatten(0, 1).index_copy(0, rows, logits).view_as(exit_logits[-1]))
+
+    def next_gate(self, l, x, gate, stats, run):
+        if run == "trained" or l == 0:
+            return None
         # Equation (5). A token that left is as sure as it was, since its logits stay: it remains out.
-        return (F.softmax(logits, dim=-1).amax(-1) <= self.config.threshold).float()
+        return (F.softmax(stats["exit_logits"][-1], dim=-1).amax(-1) <= self.config.threshold).float()
 
     def task_loss(self, stats, targets, run):
         scored = stats["exit_logits"] if run == "trained" else stats["exit_logits"][-1:]
@@ -428,12 +436,11 @@ class Halt(TSA):
     exactly what it will see when it is executed.
     """
 
-    def after_block(self, l, x, gate, rows, stats, run):
-        is_last = l == self.config.n_layer - 1
-        if is_last or run == "trained":
+    def read_out(self, l, x, gate, rows, stats, run):
+        if run == "trained" or l == self.config.n_layer - 1:
             stats["exit_logits"].append(self.logits(x))
-        if is_last:
-            return None
+
+    def next_gate(self, l, x, gate, stats, run):
         p = self.routers[l](x)                                                             # (B, T)
         stays = binary(p, self.config.threshold)
         if run != "trained":
