@@ -50,7 +50,7 @@ class Data:
     """
     A corpus, encoded: token i is the character vocab[i]. splits: "train", "val", "test" to integer tensors, either
     one stream of characters (n,) or, for a task, one sequence a row with its targets, -1 where none is scored
-    (n, 2, T). Nothing here reads "test": it is held back for who needs a text that no decision has seen.
+    (n, 2, T). Nothing here reads "test": keep it for a final number.
     """
     name: str
     vocab: str

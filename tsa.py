@@ -201,7 +201,7 @@ class Attention(nn.Module):
         """
         B, T, C = x.shape
         k, v = self.keys_values(x, cache)
-        mask, asking = None, rows
+        mask, query_rows = None, rows
         if T == 1:          # decoding: the sequences that ask, each with its newest token, which sees everything
             k, v = k.index_select(0, rows), v.index_select(0, rows)
         else:
@@ -209,13 +209,13 @@ class Attention(nn.Module):
                 position = rows         # the general way is right here too, and takes 3% of a block's time
             else:
                 # Each sequence keeps its own number of tokens: sort them to the front, in order, and cut at the
-                # longest, n. What fills up the shorter ones asks too, and is dropped before the projection.
+                # longest, n. What fills up the shorter ones is computed too, and dropped before the projection.
                 keep = gate != 0
                 n = int(keep.sum(1).max())
                 position = (~keep).argsort(dim=1, stable=True)[:, :n]                      # (B, n), in a sequence
-                asking = (position + T * torch.arange(B, device=x.device).unsqueeze(1)).flatten()   # in B * T
+                query_rows = (position + T * torch.arange(B, device=x.device).unsqueeze(1)).flatten()   # in B * T
             mask = self.causal[:T, :T].index_select(0, position.flatten()).view(B, 1, -1, T)        # (B, 1, n, T)
-        q = self.query(x.flatten(0, 1).index_select(0, asking)).view(len(k), -1, C)        # (B, n, C), or (N, 1, C)
+        q = self.query(x.flatten(0, 1).index_select(0, query_rows)).view(len(k), -1, C)        # (B, n, C), or (N, 1, C)
         y = F.scaled_dot_product_attention(self.heads(q), k, v, attn_mask=mask).transpose(1, 2)
         if B > 1 and T > 1:
             y = y[keep.gather(1, position)]
@@ -339,7 +339,7 @@ class Transformer(nn.Module):
             used.append(torch.ones(B, T, device=idx.device) if gate is None else gate)
             self.read_out(l, x, gate, rows, stats, run)
             if l < self.config.n_layer - 1:
-                gate = self.next_gate(l, x, gate, stats, run)
+                gate = self.next_gate(l, x, gate, rows, stats, run)
 
         logits = stats["exit_logits"][-1]
         stats["gates"] = torch.stack(stats.get("survive", used))
@@ -363,7 +363,7 @@ class Transformer(nn.Module):
         if l == self.config.n_layer - 1:
             stats["exit_logits"].append(self.logits(x))
 
-    def next_gate(self, l, x, gate, stats, run):
+    def next_gate(self, l, x, gate, rows, stats, run):
         """The gate (B, T) of block l + 1, None where it runs whole, from what block l left and its own gate."""
         return None
 
@@ -379,7 +379,7 @@ class TSA(Transformer):
         super().__init__(config)
         self.routers = nn.ModuleList(Router(config) for _ in range(config.n_layer - 1))
 
-    def next_gate(self, l, x, gate, stats, run):
+    def next_gate(self, l, x, gate, rows, stats, run):
         training_sees, inference_runs = GATES[self.config.gate]
         make_gate = training_sees if run == "trained" else inference_runs
         return make_gate(self.routers[l](x), self.config.threshold)
@@ -404,9 +404,11 @@ class Exit(Transformer):
             logits = self.logits(x.flatten(0, 1).index_select(0, rows), l)                 # (N, V)
             exit_logits.append(exit_logits[-1].flatten(0, 1).index_copy(0, rows, logits).view_as(exit_logits[-1]))
 
-    def next_gate(self, l, x, gate, stats, run):
+    def next_gate(self, l, x, gate, rows, stats, run):
         if run == "trained" or l == 0:
             return None
+        if rows is not None and len(rows) == 0:
+            return gate         # all have left
         # Equation (5). A token that left is as sure as it was, since its logits stay: it remains out.
         return (F.softmax(stats["exit_logits"][-1], dim=-1).amax(-1) <= self.config.threshold).float()
 
@@ -440,7 +442,9 @@ class Halt(TSA):
         if run == "trained" or l == self.config.n_layer - 1:
             stats["exit_logits"].append(self.logits(x))
 
-    def next_gate(self, l, x, gate, stats, run):
+    def next_gate(self, l, x, gate, rows, stats, run):
+        if rows is not None and len(rows) == 0:
+            return gate         # all have halted
         p = self.routers[l](x)                                                             # (B, T)
         stays = binary(p, self.config.threshold)
         if run != "trained":
