@@ -133,7 +133,8 @@ def test_router_stays_float32_under_autocast():
 
 
 @pytest.mark.parametrize("gate, expected", [("soft", ([.9, .5, .4, .1], [1, 1, 0, 0])),
-                                            ("skip", ([.9, .5, .4, .1], [.9, .5, 0, 0]))])
+                                            ("skip", ([.9, .5, .4, .1], [.9, .5, 0, 0])),
+                                            ("straight", ([1, 1, 0, 0], [1, 1, 0, 0]))])
 def test_gate_pairs_follow_their_definitions(gate, expected):
     """What training sees and what inference runs are the two halves of a design; p at the threshold still runs."""
     p = torch.tensor([.1, .5, .6, .9])
@@ -781,12 +782,12 @@ def test_gate_of_the_readme_works_as_printed(text_file, tmp_path):
     snippet = (HERE / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
     exec(snippet, vars(tsa))
     try:
-        flags = ["--gate", "straight", "--lam", 0.01, "--data", text_file, "--max_iters", 3, "--out_dir", tmp_path]
+        flags = ["--gate", "dead_zone", "--lam", 0.01, "--data", text_file, "--max_iters", 3, "--out_dir", tmp_path]
         assert run_train(*flags) == 0
         result = json.loads((tmp_path / "result.json").read_text())
-        assert result["gate"] == "straight" and abs(result["val_loss"] - result["val_loss_executed"]) < 1e-5
+        assert result["gate"] == "dead_zone" and abs(result["val_loss"] - result["val_loss_executed"]) < 1e-5
     finally:
-        del GATES["straight"]
+        del GATES["dead_zone"]
 
 
 def test_bench_writes_its_rows(finished, monkeypatch, capsys):

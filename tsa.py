@@ -21,7 +21,7 @@ Every model here is a rule that makes gates, and every way of running is a way o
 A gate of exactly 0 is a skipped token: it keeps its h. It still gives keys and values to the others, so attention
 stays exact, and a skipped block is cheap, not free. `run` says how gates are made and applied:
 
-    "trained"    the gates that training sees (soft ones do not reach 0, so nothing is skipped)
+    "trained"    as in training: tsa with the gates that training sees, exit and halt through every block
     "masked"     the gates of inference, applied by multiplying: saves nothing, and is the reference
     "gathered"   the same gates, but only the rows with gate > 0 are computed: the same numbers, less work
 
@@ -94,9 +94,14 @@ def skip(p, threshold):
     """The soft scale stays as it was trained; only the tokens that had nearly halted go."""
     return (1 - p) * (p <= threshold)
 
+def straight(p, threshold):
+    """All or nothing forward, the soft scale's gradient backward: what is trained is what runs."""
+    return binary(p, threshold) + ((1 - p) - (1 - p).detach())
+
 GATES = {           # --gate: (training sees, inference runs)
     "soft": (soft, binary),
     "skip": (soft, skip),
+    "straight": (straight, binary),
 }
 
 
@@ -137,7 +142,7 @@ class KV:
 
 
 class Dropout(nn.Module):
-    """nn.Dropout, on a CPU in a third of the time: a draw of 64 random bits decides on four elements."""
+    """Read it as nn.Dropout: on a CPU a third of the time, since a draw of 64 random bits decides on four elements."""
 
     def __init__(self, p):
         super().__init__()
@@ -178,7 +183,7 @@ class Attention(nn.Module):
     def forward(self, x, cache=None, seen=None):
         """
         x (B, T, C) -> (B, T, C). With a KV, T tokens are appended to what it holds (T = 1, or it is empty). seen
-        (B, T, C): what keys and values are made from, if not x.
+        (B, T, C): what keys and values are made from, if not x (training of Halt only).
         """
         B, T, C = x.shape
         k, v = self.keys_values(x if seen is None else seen, cache)
@@ -396,9 +401,9 @@ class Exit(Transformer):
         exit_logits = stats["exit_logits"]
         if run == "trained":
             exit_logits.append(self.logits(x, l))
-        elif l == 1 or l > 1 and gate is None:      # all tokens are still there
+        elif l == 1:                    # the first exit
             exit_logits.append(self.logits(x, l))
-        elif l > 1 and rows is None:
+        elif l > 1 and rows is None:    # who left keeps the logits of where it left
             exit_logits.append(torch.where(gate.unsqueeze(-1) > 0, self.logits(x, l), exit_logits[-1]))
         elif l > 1:
             logits = self.logits(x.flatten(0, 1).index_select(0, rows), l)                 # (N, V)
