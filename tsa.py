@@ -399,11 +399,9 @@ class Exit(Transformer):
 
     def read_out(self, l, x, gate, rows, stats, run):
         exit_logits = stats["exit_logits"]
-        if run == "trained":
+        if run == "trained" or l == 1:      # block 1 is the first exit at inference
             exit_logits.append(self.logits(x, l))
-        elif l == 1:                    # the first exit
-            exit_logits.append(self.logits(x, l))
-        elif l > 1 and rows is None:    # who left keeps the logits of where it left
+        elif l > 1 and rows is None:        # who left keeps the logits of where it left
             exit_logits.append(torch.where(gate.unsqueeze(-1) > 0, self.logits(x, l), exit_logits[-1]))
         elif l > 1:
             logits = self.logits(x.flatten(0, 1).index_select(0, rows), l)                 # (N, V)
