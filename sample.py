@@ -34,7 +34,7 @@ BENCH_SECONDS = 25                              # for each mode and batch size
 def parse_args(argv):
     parser = Parser(prog="sample.py", description="Look at a trained model: write text, draw, analyse or time it.")
     parser.add_argument("--ckpt", type=Path, help="checkpoint (default: the newest out/*/ckpt.pt)")
-    parser.add_argument("--prompt", help="text to continue (default: a new line; for copy and sort a task)")
+    parser.add_argument("--prompt", help="text to continue (default: a new line; for a task one of its sequences)")
     parser.add_argument("--max_new_tokens", type=number(int, 1, 10**9), help="characters a sample (default 500)")
     parser.add_argument("--num", type=number(int, 1, 10**6), default=1, help="samples (default 1)")
     parser.add_argument("--temperature", type=number(float, 0, 100), default=0.8, help="0 is greedy (default 0.8)")
