@@ -224,23 +224,27 @@ def test_halting_trains_what_it_runs():
 def test_halting_loss_by_hand():
     """Equation (7), a token at a time: what is to be expected where it halts, and what keeps every block learning."""
     model, idx, targets = tiny("halt", seed=2, threshold=1.0, lam=0.3), tokens(), tokens(seed=2)
-    x, p, losses = model.wte(idx) + model.wpe(torch.arange(16)), [], []
+    x, p, log_p = model.wte(idx) + model.wpe(torch.arange(16)), [], []
     for l, block in enumerate(model.blocks):
         x = block(x)
         p.append(model.routers[l](x) if l < 3 else torch.ones(3, 16))
-        losses.append(-(model.norms[0](x) @ model.wte.weight.T).log_softmax(-1).gather(2, targets[..., None])[..., 0])
-    expected = depth = 0
+        log_p.append((model.norms[0](x) @ model.wte.weight.T).log_softmax(-1))
+    routed, learning, depth = 0, 0, 0
     for b in range(3):
         for t in range(16):
-            survive = 1.0
+            survive, losses, target = 1.0, [], log_p[3][b, t].detach().exp() / 2
+            target[targets[b, t]] += 0.5
             for l in range(4):
                 depth += survive / 48 / 3 if l > 0 else 0
-                expected += survive * p[l][b, t] * losses[l][b, t] / 48
+                routed -= survive * p[l][b, t] * (target * log_p[l][b, t]).sum() / 48
+                losses.append(-log_p[l][b, t, targets[b, t]] / 48)
                 survive *= 1 - p[l][b, t]
-    task = 0.4 * expected + 0.1 * sum(level.mean() for level in losses[1:]) / 3 + 0.5 * losses[-1].mean()
-    _, loss, stats = model(idx, targets)
-    torch.testing.assert_close(stats["depth_loss"], depth)
-    torch.testing.assert_close(loss, task + 0.3 * depth)
+            learning += losses[3] * 5 / 6 + sum(losses[1:]) / 3 / 6
+    for progress, a, lam in ((0.25, 0.4, 0.15), (0.5, 0.4, 0.3), (0.75, 0.6, 0.3), (1.0, 0.8, 0.3)):
+        model.progress.fill_(progress)
+        _, loss, stats = model(idx, targets)
+        torch.testing.assert_close(stats["depth_loss"], depth)
+        torch.testing.assert_close(loss, a * (routed + lam * depth) + (1 - a) * learning)
 
 
 KEEP = {
@@ -619,8 +623,8 @@ def test_lam_is_raised_over_the_first_half(text_file, tmp_path):
     """At its full price from the start no block is worth it yet, and all characters halt at the stem for good."""
     flags = ["--model", "halt", "--lam", 0.5, "--data", text_file, "--max_iters", 80, "--out_dir", tmp_path / "a"]
     assert run_train(*flags) == 0
-    for row, lam in zip(train.read_csv(tmp_path / "a" / "log.csv")[1:], (0.25, 0.5, 0.5, 0.5)):
-        assert abs((float(row["loss"]) - float(row["task_loss"])) / float(row["depth_loss"]) - lam) < 1e-4
+    for row, price in zip(train.read_csv(tmp_path / "a" / "log.csv")[1:], (0.1, 0.2, 0.3, 0.4)):
+        assert abs((float(row["loss"]) - float(row["task_loss"])) / float(row["depth_loss"]) - price) < 1e-4
 
 
 def test_infinite_loss_stops_the_run_and_keeps_the_checkpoint(text_file, tmp_path, capsys):

@@ -34,7 +34,7 @@ PRESETS = {     # minutes on a laptop; the paper's section 2
 }
 # The synthetic tasks have the paper's sizes in both presets.
 TASK_PRESET = dict(n_head=4, n_embd=128, block_size=64, batch_size=256, max_iters=390, lam=0.01, eval_interval=39)
-HALT_LAM = 0.04         # the default lam of learned halting, which at that price leaves out about a fifth of the blocks
+HALT_LAM = 0.1          # the default lam of learned halting, which at that price leaves out about a fifth of the blocks
 LOG_INTERVAL = 20
 LOG_COLUMNS = ("step", "loss", "task_loss", "depth_loss", "alpha_by_block", "tokens_per_s", "train_loss", "val_loss",
                "train_loss_executed", "val_loss_executed", "alpha_executed", "tlops_saved_executed",
@@ -79,7 +79,7 @@ def parse_args(argv):
                                                        "by confidence; halt: learned halting")
     group.add_argument("--gate", choices=GATES, help="tsa: the gate design (default soft, the paper's)")
     group.add_argument("--lam", type=number(float, 0, 1000), help="tsa, halt: weight of the depth loss (default 0.001, "
-                                                                    "halt 0.04)")
+                                                                    "halt 0.1)")
     group.add_argument("--gate_bias", type=number(float, -50, 50), help="tsa, halt: initial bias of the routers "
                                                                          "(default -1)")
     group.add_argument("--threshold", type=share, help="tsa, halt: halt above this probability (default 0.5); "
@@ -558,8 +558,8 @@ def train(given, out_dir, resume, fresh):
         seed_step(flags["seed"], step)
         for group in optimizer.param_groups:
             group["lr"] = flags["learning_rate"] * cosine(step, max_iters)
-        if config.model == "halt":      # no block is worth its price until it has learned something
-            config.lam = flags["lam"] * min(2 * step / max_iters, 1)
+        if config.model == "halt":
+            model.progress.fill_(step / max_iters)
         loss, stats = forward_backward(compiled)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -578,7 +578,7 @@ def train(given, out_dir, resume, fresh):
             by_block = stats["gates"].detach()[1:].mean((1, 2)).tolist()
             row["alpha_by_block"] = " ".join(f"{a:.3f}" for a in by_block)
             row["depth_loss"] = stats["depth_loss"].item()
-            line += f" = task {row['task_loss']:.4f} + {config.lam:g} * depth {row['depth_loss']:.4f}  " \
+            line += f" = task {row['task_loss']:.4f} + {model.price():.3g} * depth {row['depth_loss']:.4f}  " \
                     f"alpha by block {row['alpha_by_block']}"
         left = (now - began) / (step - first_step) * (max_iters - step)
         print(f"{line}  {row['tokens_per_s']:,} tokens/s  {clock(left)} left")

@@ -353,7 +353,7 @@ class Transformer(nn.Module):
         loss = stats["task_loss"] = self.task_loss(stats, targets, run)
         if self.config.has_routers:     # mean over the L-1 routers, batch and position: alpha
             stats["depth_loss"] = stats["gates"][1:].mean()
-            loss = loss + self.config.lam * stats["depth_loss"]
+            loss = loss + self.price() * stats["depth_loss"]
         return logits, loss, stats
 
     def task_loss(self, stats, targets, run):
@@ -383,6 +383,10 @@ class TSA(Transformer):
     def __init__(self, config):
         super().__init__(config)
         self.routers = nn.ModuleList(Router(config) for _ in range(config.n_layer - 1))
+
+    def price(self):
+        """What the loss adds for a mean gate of 1."""
+        return self.config.lam
 
     def next_gate(self, l, x, gate, rows, stats, run):
         training_sees, inference_runs = GATES[self.config.gate]
@@ -426,20 +430,35 @@ class Halt(TSA):
     it stopped, so this is TSA with another gate and another loss.
 
     With p_l the probability of halting after block l, a token gets to block l with probability
-    survive_l = (1 - p_0) ... (1 - p_{l-1}), and training minimises what is to be expected where it halts:
+    survive_l = (1 - p_0) ... (1 - p_{l-1}), survive_0 being 1 and survive_L 0, and training minimises
 
-        task loss = sum over l of w_l CE_l,   w_l = 0.4 (survive_l - survive_{l+1})
-                                                  + 0.1 / (L-1) for l > 0, + 0.5 for l = L-1                     (7)
+        a (sum over l of (survive_l - survive_{l+1}) H_l + lam * mean of survive over l > 0)                     (7)
+        + (1 - a) (CE_{L-1} * 5/6 + mean of CE over l > 0 * 1/6)
 
-    CE_l being the cross-entropy of reading h out after block l, survive_0 = 1 and survive_L = 0. No gate scales
-    anything, so routers learn where to stop and not how much to add. The parts of w_l that do not ask the routers keep
-    every block worth getting to: a deep one that nobody gets to would never learn enough for anyone to want it. For
-    the same reason train.py raises lam from 0 over the first half: at first no block is worth its price.
+    CE_l is the cross-entropy of reading h out after block l, and H_l the same against a target that is half the
+    character that came and half what the last block predicts. The first line is what is to be expected where the token
+    halts, lam being the price in nats of going through all blocks. The last block's prediction says more about what a
+    deeper block would be worth than a single character can. No gate scales anything, so routers learn where to stop and
+    not how much to add.
+
+    The second line does not ask the routers and keeps every block worth getting to: a deep one that nobody gets to
+    would never learn enough for anyone to want it. a is 0.4 for the first half of training, and then rises to 0.8,
+    towards what will be executed. lam rises from 0 over the first half: at first no block is worth its price.
 
     Training takes every token to the top, to learn what each block would have gained it. But keys and values are made
     from what inference will leave there, h where p first exceeded the threshold: up to where it halts, a token sees
     exactly what it will see when it is executed.
     """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("progress", torch.tensor(1.0), persistent=False)   # of training, from 0 to 1: see train.py
+
+    def share(self):
+        return 0.4 + 0.4 * (2 * self.progress - 1).clamp(min=0)
+
+    def price(self):
+        return self.share() * self.config.lam * (2 * self.progress).clamp(max=1)
 
     def read_out(self, l, x, gate, rows, stats, run):
         if run == "trained" or l == self.config.n_layer - 1:
@@ -463,13 +482,15 @@ class Halt(TSA):
     def task_loss(self, stats, targets, run):
         if run != "trained":
             return super().task_loss(stats, targets, run)
-        survive = torch.stack(stats["survive"])                                            # (L, B, T)
+        exits, survive = stats["exit_logits"], torch.stack(stats["survive"])               # survive (L, B, T)
         halts = survive - torch.cat([survive[1:], torch.zeros_like(survive[:1])])          # (L, B, T), sums to 1
-        weights = 0.4 * halts
-        weights[1:] += 0.1 / (len(weights) - 1)
-        weights[-1] += 0.5
-        losses = torch.stack([cross_entropy(logits, targets) for logits in stats["exit_logits"]])
-        return (weights * losses).sum() / (targets >= 0).sum()
+        target = (F.one_hot(targets.clamp(min=0), exits[-1].size(-1)) + F.softmax(exits[-1].detach(), dim=-1)) / 2
+        expected = torch.stack([F.cross_entropy(logits.transpose(1, 2), target.transpose(1, 2), reduction="none")
+                                for logits in exits])
+        expected = (halts * expected).sum(0) * (targets >= 0)                              # (B, T)
+        losses = torch.stack([cross_entropy(logits, targets) for logits in exits[1:]])     # (L-1, B, T)
+        a = self.share()
+        return (a * expected + (1 - a) * (5 * losses[-1] + losses.mean(0)) / 6).sum() / (targets >= 0).sum()
 
 
 MODELS = {"dense": Transformer, "tsa": TSA, "exit": Exit, "halt": Halt}
