@@ -16,7 +16,7 @@ Every model here is a rule that makes gates, and every way of running is a way o
     tsa     a router reads h after each block: p = sigmoid(W2 relu(W1 h + b1) + b2), the halting probability;  (3)
             the gate of the next block is made from p, in the paper gate = 1 - p                               (4)
     exit    gate = 1 until the token is sure of its next character, then 0 for good                            (5)
-    halt    ours: gate = 1 until the router says halt, then 0 for good, trained on the expected loss           (6)
+    halt    ours: gate = 1 until the router says halt, then 0 for good, trained by equation (7)                (6)
 
 A gate of exactly 0 is a skipped token: it keeps its h. It still gives keys and values to the others, so attention
 stays exact, and a skipped block is cheap, not free. `run` says how gates are made and applied:
@@ -396,9 +396,10 @@ class TSA(Transformer):
 
 class Exit(Transformer):
     """
-    Early exit: a LayerNorm per block and the tied head can end a token after every block but the stem. Training
-    takes every exit of every token; at inference a token stops after the first block whose largest softmax
-    probability exceeds the threshold: h is carried up unchanged, and its logits stay those of the block it left.
+    Early exit: a LayerNorm per block and the tied head can end a token after every block but the stem. Training reads
+    every token out after every block, the stem too; at inference a token stops after the first block whose largest
+    softmax probability exceeds the threshold: h is carried up unchanged, and its logits stay those of the block it
+    left.
     """
 
     def read_out(self, l, x, gate, rows, stats, run):
@@ -432,14 +433,13 @@ class Halt(TSA):
     With p_l the probability of halting after block l, a token gets to block l with probability
     survive_l = (1 - p_0) ... (1 - p_{l-1}), survive_0 being 1 and survive_L 0, and training minimises
 
-        a (sum over l of (survive_l - survive_{l+1}) H_l + lam * mean of survive over l > 0)                     (7)
+        a (sum over l of (survive_l - survive_{l+1}) H_l + lam * mean of survive_l over l > 0)                   (7)
         + (1 - a) (CE_{L-1} * 5/6 + mean of CE over l > 0 * 1/6)
 
     CE_l is the cross-entropy of reading h out after block l, and H_l the same against a target that is half the
-    character that came and half what the last block predicts. The first line is what is to be expected where the token
-    halts, lam being the price in nats of going through all blocks. The last block's prediction says more about what a
-    deeper block would be worth than a single character can. No gate scales anything, so routers learn where to stop and
-    not how much to add.
+    character that came and half what the last block predicts (detached), which says more about what a deeper block is
+    worth than a single character can. The first line is the loss expected where the token halts, lam being the price in
+    nats of going through all blocks. No gate scales anything, so routers learn where to stop and not how much to add.
 
     The second line does not ask the routers and keeps every block worth getting to: a deep one that nobody gets to
     would never learn enough for anyone to want it. a is 0.4 for the first half of training, and then rises to 0.8,
