@@ -224,6 +224,7 @@ def test_halting_trains_what_it_runs():
 def test_halting_loss_by_hand():
     """Equation (7), a token at a time: what is to be expected where it halts, and what keeps every block learning."""
     model, idx, targets = tiny("halt", seed=2, threshold=1.0, lam=0.3), tokens(), tokens(seed=2)
+    targets[0, :8] = -1         # not scored, as in the tasks; their depth has its price all the same
     x, p, log_p = model.wte(idx) + model.wpe(torch.arange(16)), [], []
     for l, block in enumerate(model.blocks):
         x = block(x)
@@ -233,11 +234,12 @@ def test_halting_loss_by_hand():
     for b in range(3):
         for t in range(16):
             survive, losses, target = 1.0, [], log_p[3][b, t].detach().exp() / 2
+            scored = (targets[b, t] >= 0).item() / 40
             target[targets[b, t]] += 0.5
             for l in range(4):
                 depth += survive / 48 / 3 if l > 0 else 0
-                routed -= survive * p[l][b, t] * (target * log_p[l][b, t]).sum() / 48
-                losses.append(-log_p[l][b, t, targets[b, t]] / 48)
+                routed -= survive * p[l][b, t] * (target * log_p[l][b, t]).sum() * scored
+                losses.append(-log_p[l][b, t, targets[b, t]] * scored)
                 survive *= 1 - p[l][b, t]
             learning += losses[3] * 5 / 6 + sum(losses[1:]) / 3 / 6
     for progress, a, lam in ((0.25, 0.4, 0.15), (0.5, 0.4, 0.3), (0.75, 0.6, 0.3), (1.0, 0.8, 0.3)):
@@ -619,7 +621,7 @@ def test_written_file_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
 
 
-def test_lam_is_raised_over_the_first_half(text_file, tmp_path):
+def test_price_of_depth_rises_from_zero(text_file, tmp_path):
     """At its full price from the start no block is worth it yet, and all characters halt at the stem for good."""
     flags = ["--model", "halt", "--lam", 0.5, "--data", text_file, "--max_iters", 80, "--out_dir", tmp_path / "a"]
     assert run_train(*flags) == 0

@@ -78,8 +78,8 @@ def parse_args(argv):
     group.add_argument("--model", choices=MODELS, help="dense: plain; tsa: learned routing (default); exit: early exit "
                                                        "by confidence; halt: learned halting")
     group.add_argument("--gate", choices=GATES, help="tsa: the gate design (default soft, the paper's)")
-    group.add_argument("--lam", type=number(float, 0, 1000), help="tsa, halt: weight of the depth loss (default 0.001, "
-                                                                    "halt 0.1)")
+    group.add_argument("--lam", type=number(float, 0, 1000), help="tsa: weight of the depth loss (default 0.001); "
+                                                                  "halt: price of depth (default 0.1)")
     group.add_argument("--gate_bias", type=number(float, -50, 50), help="tsa, halt: initial bias of the routers "
                                                                          "(default -1)")
     group.add_argument("--threshold", type=share, help="tsa, halt: halt above this probability (default 0.5); "

@@ -49,7 +49,7 @@ class Config:
     """Sizes and gate settings of one model; the defaults are the paper's for Tiny-Shakespeare (section 2)."""
     model: str = "tsa"                  # dense, tsa, exit or halt
     gate: Optional[str] = "soft"        # tsa: a pair of GATES
-    lam: Optional[float] = 0.001        # tsa, halt: weight of the depth loss
+    lam: Optional[float] = 0.001        # tsa: weight of the depth loss; halt: price of depth, equation (7)
     gate_bias: Optional[float] = -1.0   # tsa, halt: where b2 of equation (3) starts; -1 opens the gates to 0.73
     threshold: Optional[float] = 0.5    # tsa, halt: halt above this p; exit: leave above this confidence
     vocab_size: int = 65
@@ -455,9 +455,11 @@ class Halt(TSA):
         self.register_buffer("progress", torch.tensor(1.0), persistent=False)   # of training, from 0 to 1: see train.py
 
     def share(self):
+        """a of equation (7)"""
         return 0.4 + 0.4 * (2 * self.progress - 1).clamp(min=0)
 
     def price(self):
+        """lam of equation (7), as far as it has risen, times a: its factor in the loss."""
         return self.share() * self.config.lam * (2 * self.progress).clamp(max=1)
 
     def read_out(self, l, x, gate, rows, stats, run):
@@ -484,7 +486,8 @@ class Halt(TSA):
             return super().task_loss(stats, targets, run)
         exits, survive = stats["exit_logits"], torch.stack(stats["survive"])               # survive (L, B, T)
         halts = survive - torch.cat([survive[1:], torch.zeros_like(survive[:1])])          # (L, B, T), sums to 1
-        target = (F.one_hot(targets.clamp(min=0), exits[-1].size(-1)) + F.softmax(exits[-1].detach(), dim=-1)) / 2
+        came, foreseen = F.one_hot(targets.clamp(min=0), exits[-1].size(-1)), F.softmax(exits[-1].detach(), dim=-1)
+        target = (came + foreseen) / 2                                                     # (B, T, V)
         expected = torch.stack([F.cross_entropy(logits.transpose(1, 2), target.transpose(1, 2), reduction="none")
                                 for logits in exits])
         expected = (halts * expected).sum(0) * (targets >= 0)                              # (B, T)
