@@ -1,10 +1,9 @@
 """
-Text to train on: one file or a synthetic task, as characters, split into train, validation and test.
+Text to train on, as characters, split into train, validation and test.
 
-`load(name)` takes "shakespeare", "enwik8", "stdlib" (the sources of Python's standard library, which are on every
-machine), the path of a UTF-8 text file, or a synthetic task: "copy" and "sort" are the paper's, "chain" is ours.
-Everything is a string of characters: a task's symbols are printable, so vocabulary, sampling and colouring need no
-special case.
+`load(name)` takes "shakespeare", "enwik8", "stdlib" (the sources of Python's standard library, which every machine
+has), the path of a UTF-8 text file, or a synthetic task: "copy" and "sort" are the paper's, "chain" is ours. The
+symbols of a task are printable characters, so that vocabulary, sampling and colouring treat it like any text.
 """
 import hashlib
 import http.client
@@ -24,7 +23,7 @@ import torch
 from tsa import UserError
 
 FOLDER = Path(__file__).resolve().parent / "data"
-HOMES = {       # file below FOLDER, where it is had from, size in bytes, sha256
+HOMES = {       # file in FOLDER, where to download it, size in bytes, sha256
     "shakespeare": ("tinyshakespeare.txt",
                     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
                     1_115_394, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
@@ -35,29 +34,27 @@ STALL_SECONDS, DOWNLOAD_SECONDS = 10, 600       # without a byte, and altogether
 ENWIK8_CUTS = 90_000_000, 95_000_000            # the paper's split, in characters
 
 TASKS = ("copy", "sort", "chain")
-PAD, BOS, SEP, EOS = ".^|$"                     # the 4 special symbols of the paper's vocabulary of 32
-SYMBOLS = "abcdefghijklmnopqrstuvwxyzAB"        # the other 28, in the order that sorting means
-LENGTH = 20                                     # of a source: what the paper's script runs (its text says 10)
-TRAIN_SEQUENCES, VAL_SEQUENCES = 10_000, 1_000
+PAD, BOS, SEP, EOS = ".^|$"                     # the 4 special symbols in the paper's vocabulary of 32
+SYMBOLS = "abcdefghijklmnopqrstuvwxyzAB"        # the other 28, in sorted order
+LENGTH = 20                                     # of a source, as in the paper's script (its text says 10)
+TRAIN_SEQUENCES, CHAIN_TRAIN_SEQUENCES, VAL_SEQUENCES = 10_000, 100_000, 1_000
 DIGITS = "0123456789"
 CHAIN_ROUNDS, CHAIN_WIDTH, CHAIN_NEW = 7, 8, 0.2
-PLACES = string.ascii_letters[:(CHAIN_ROUNDS - 1) * CHAIN_WIDTH]        # names of all places but the last round's
-CHAIN_TRAIN_SEQUENCES = 100_000
+PLACES = string.ascii_letters[:(CHAIN_ROUNDS - 1) * CHAIN_WIDTH]        # one name for each place but the last round's
 
 
 @dataclass
 class Data:
     """
-    A corpus, encoded: token i is the character vocab[i]. splits: "train", "val", "test" to integer tensors, either
-    one stream of characters (n,) or, for a task, one sequence a row with its targets, -1 where none is scored
-    (n, 2, T). Nothing here reads "test": keep it for a final number.
+    An encoded corpus: token i is the character vocab[i]. splits maps "train", "val" and "test" to integer tensors: one
+    stream of characters (n,), or for a task one sequence a row with its targets, -1 where none is scored (n, 2, T).
+    Nothing here reads "test": keep it for a final number.
     """
     name: str
     vocab: str
-    prompt: str         # what sampling starts from when the user gives nothing
+    prompt: str                 # what sampling starts from when the user gives no prompt
     splits: dict
-    new_tokens: int = 500       # and how much it writes
-    hops: torch.Tensor | None = None        # chain: (n, T), how far each validation character is from its digit
+    new_tokens: int = 500       # how much sampling writes
 
     @property
     def is_task(self):
@@ -67,6 +64,13 @@ class Data:
         n = sum(map(len, self.splits.values()))
         unit = "sequences" if self.is_task else "characters"
         return f"{self.name} has {n:,} {unit} over a vocabulary of {len(self.vocab)}"
+
+    def digest(self):
+        """A fingerprint of the whole text, so that a resumed run can tell when it has changed."""
+        sha256 = hashlib.sha256(self.vocab.encode("utf-8"))
+        for tokens in self.splits.values():
+            sha256.update(tokens.cpu().numpy())
+        return sha256.hexdigest()
 
     def to(self, device):
         self.splits = {split: tokens.to(device) for split, tokens in self.splits.items()}
@@ -83,7 +87,7 @@ class Data:
                             f"block_size {block_size}: give a longer text or a smaller --block_size")
 
     def batch(self, split, batch_size, block_size):
-        """Random windows, drawn by torch's global generator -> idx, targets (B, T) int64."""
+        """Random windows, drawn with torch's global generator -> idx, targets (B, T) int64."""
         tokens = self.splits[split]
         if self.is_task:
             return tokens[torch.randint(len(tokens), (batch_size,), device=tokens.device)].long().unbind(1)
@@ -92,7 +96,7 @@ class Data:
         return rows[:, :-1], rows[:, 1:]
 
     def windows(self, split, block_size, n=None):
-        """The first n windows, or the whole split: side by side from its start -> idx, targets (n, T) int64."""
+        """The first n windows, by default the whole split, side by side from its start -> idx, targets (n, T) int64."""
         tokens = self.splits[split]
         if self.is_task:
             return tokens[:n].long().unbind(1)
@@ -101,28 +105,30 @@ class Data:
 
 
 def encode(text, vocab):
-    """A prompt -> its tokens; UserError names the characters that the model has never seen."""
+    """A prompt -> the list of its tokens; UserError names the characters that the model has never seen."""
     unknown = sorted(set(text) - set(vocab))
     if unknown:
         raise UserError(f"the model does not know the characters {ascii(''.join(unknown))}: it was trained on "
                         f"{len(vocab)} others, {ascii(vocab[:40])} ...")
-    index = {c: i for i, c in enumerate(vocab)}
-    return [index[c] for c in text]
+    return [vocab.index(c) for c in text]
 
 
 def write_atomic(path, content):
-    """Write bytes to a temporary name and rename it, so that `path` is the old file or the new one, never half."""
-    temporary = Path(f"{path}.tmp")
+    """Write bytes to a temporary name and rename it: `path` is the old file or the new one, never half of one."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(content)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())     # else a power failure could keep the new name and lose the content
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written ({error.strerror}); the file that was there, if any, is as it was")
+        raise UserError(f"{path} cannot be written ({error.strerror}); a file that was there is unchanged")
 
 
 def download(url, size):
-    """The bytes at url, or one more than `size` of them; UserError if they can't be had within DOWNLOAD_SECONDS."""
+    """The bytes at url, or one more than `size` of them; UserError if they do not come within DOWNLOAD_SECONDS."""
     content, deadline = bytearray(), time.monotonic() + DOWNLOAD_SECONDS
     try:
         with urllib.request.urlopen(url, timeout=STALL_SECONDS) as response:
@@ -131,12 +137,12 @@ def download(url, size):
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"no end after {DOWNLOAD_SECONDS} seconds")
     except (OSError, http.client.HTTPException) as error:
-        raise UserError(f"{url} cannot be downloaded ({' '.join(str(error).split())})")    # some span lines
+        raise UserError(f"{url} cannot be downloaded ({' '.join(str(error).split())})")     # some messages span lines
     return content
 
 
 def fetch(name):
-    """The verified bytes of one of HOMES, from FOLDER or, the first time, from its home."""
+    """The verified bytes of one of HOMES, from FOLDER or, the first time, from the network."""
     file, url, size, sha256 = HOMES[name]
     path, is_new = FOLDER / file, not (FOLDER / file).exists()
     way_out = f"put it at {path} by hand, or use --data stdlib"
@@ -148,35 +154,29 @@ def fetch(name):
         wrong = f"{url} sent another file" if is_new else f"{path} is damaged or another file: delete it"
         raise UserError(f"{wrong} (size or sha256 differs); {way_out}")
     if is_new:
-        FOLDER.mkdir(exist_ok=True)
-        write_atomic(path, content)
+        try:
+            FOLDER.mkdir(exist_ok=True)
+            write_atomic(path, content)
+        except (OSError, UserError) as error:
+            print(f"{name} could not be kept for the next run ({error})")
     return content
 
 
 def read_text(path):
-    if not path.is_file():      # a folder, or a pipe that would never end, is not one either
+    if not path.is_file():
         raise UserError(f"--data {path} is not a file: give a text file, or shakespeare, enwik8, stdlib, copy, sort, "
                         f"chain")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"--data {path} is not UTF-8 text (byte {error.start}): convert it first")
-    except OSError as error:
-        raise UserError(f"--data {path} cannot be read ({error.strerror})")
-
-
-def read_stdlib():
-    """The top-level modules of the standard library, one after the other (4.7 million characters in Python 3.11)."""
-    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-    return "".join(file.read_text(encoding="utf-8") for file in files)
 
 
 def text_data(name, text, cuts=None):
-    """Sorted vocabulary; train, validation and test in order, cut at two characters: else 80%, 10% and 10%."""
+    """Sorted vocabulary; train, validation and test in order, cut at two characters, by default into 80%, 10%, 10%."""
     codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-    del text        # 400 MB for enwik8
     present = np.zeros(0x110000, dtype=bool)
-    present[codes] = True
+    present[codes] = True       # np.unique would sort enwik8's 100 million characters
     code_of_token = np.flatnonzero(present)
     if len(code_of_token) < 2:
         raise UserError(f"--data {name} is empty or repeats one character: there is nothing to learn in it")
@@ -189,28 +189,33 @@ def text_data(name, text, cuts=None):
     return Data(name, vocab, "\n" if "\n" in vocab else vocab[0], splits)
 
 
-def task_data(name):
-    """Paper section 2: BOS source SEP target EOS, the target being the source again (copy) or in order (sort)."""
+def task_data(name, vocab, idx, targets, prompt_length, new_tokens):
+    """Sequences idx and targets (n, T), the last VAL_SEQUENCES of them for validation."""
+    pairs = torch.from_numpy(np.stack([idx, targets], axis=1).astype(np.int32))
+    splits = {"train": pairs[:-VAL_SEQUENCES], "val": pairs[-VAL_SEQUENCES:]}
+    prompt = "".join(vocab[i] for i in idx[-1, :prompt_length])
+    return Data(name, vocab, prompt, splits, new_tokens)
+
+
+def copy_or_sort(name):
+    """Paper, section 2: BOS source SEP target EOS, where the target is the source again (copy) or in order (sort)."""
     vocab = PAD + BOS + SEP + EOS + SYMBOLS
     n = TRAIN_SEQUENCES + VAL_SEQUENCES
     source = np.random.default_rng(0).integers(vocab.index(SYMBOLS[0]), len(vocab), size=(n, LENGTH))
     target = source if name == "copy" else np.sort(source, axis=1)
     bos, sep, eos = (np.full((n, 1), vocab.index(c)) for c in (BOS, SEP, EOS))
     rows = np.concatenate([bos, source, sep, target, eos], axis=1)
-    prompt = "".join(vocab[i] for i in rows[-1, :LENGTH + 2])
     targets = rows[:, 1:].copy()
-    targets[:, :LENGTH + 1] = -1        # only what comes after SEP can be known: the target and EOS
-    pairs = torch.from_numpy(np.stack([rows[:, :-1], targets], axis=1).astype(np.int32))
-    splits = {"train": pairs[:TRAIN_SEQUENCES], "val": pairs[TRAIN_SEQUENCES:]}
-    return Data(name, vocab, prompt, splits, new_tokens=LENGTH + 1)
+    targets[:, :LENGTH + 1] = -1        # only what comes after SEP can be known
+    return task_data(name, vocab, rows[:, :-1], targets, LENGTH + 2, LENGTH + 1)
 
 
-def chain_data():
+def chain():
     """
-    A task that needs depth, with an easy one in the same sequence. 7 rounds of 8 places; a place holds a digit, or the
-    letter of a place of the round before, no two the same. What is asked at each place is the digit at the end of its
-    chain: 0 hops are copying, and each further hop asks for what another place found out first. Eight chains stay
-    apart, so that who cannot follow them guesses one of eight.
+    A task that needs depth, beside one that does not. There are 7 rounds of 8 places. A place holds a digit, or the
+    letter of a place in the round before, with no letter twice. The target at each place is the digit at the end of its
+    chain: 0 hops is copying, and each further hop asks for what another place found out first. Eight chains stay apart,
+    so a model that cannot follow them guesses one of eight.
     """
     vocab = DIGITS + PLACES
     generator = np.random.default_rng(0)
@@ -221,36 +226,30 @@ def chain_data():
         return generator.permuted(np.tile(np.arange(k), (n, 1)), axis=1)[:, :W]
 
     idx = targets = shuffled(len(DIGITS))                                                  # (n, W), the first round
-    hops = np.zeros_like(idx)
     for start in range(W, CHAIN_ROUNDS * W, W):
         digits, before = shuffled(len(DIGITS)), start - W + shuffled(W)
         is_digit = generator.random((n, W)) < CHAIN_NEW
         idx = np.hstack([idx, np.where(is_digit, digits, len(DIGITS) + before)])
         targets = np.hstack([targets, np.where(is_digit, digits, targets[row, before])])
-        hops = np.hstack([hops, np.where(is_digit, 0, hops[row, before] + 1)])
-    pairs = torch.from_numpy(np.stack([idx, targets], axis=1).astype(np.int32))
-    splits = {"train": pairs[:CHAIN_TRAIN_SEQUENCES], "val": pairs[CHAIN_TRAIN_SEQUENCES:]}
-    prompt = "".join(vocab[i] for i in idx[-1])
-    return Data("chain", vocab, prompt, splits, new_tokens=1, hops=torch.from_numpy(hops[CHAIN_TRAIN_SEQUENCES:]))
+    return task_data("chain", vocab, idx, targets, CHAIN_ROUNDS * W, 1)
 
 
 def load(name=None):
-    """The corpus `name`, see the top of this file; without a name Shakespeare, else stdlib and a line that says why."""
-    if name == "chain":
-        return chain_data()
-    if name in TASKS:
-        return task_data(name)
+    """The corpus `name`, see the top of this file. Without a name Shakespeare, else stdlib and a line that says why."""
     if name is None:
         try:
             return load("shakespeare")
         except UserError as error:
             print(f"{error}. Going on with stdlib, the sources of Python's standard library.")
             name = "stdlib"
-    if name == "stdlib":
-        return text_data(name, read_stdlib())
     if name == "shakespeare":
         return text_data(name, fetch(name).decode("utf-8"))
     if name == "enwik8":        # raw XML; the loss is per unicode character
         with zipfile.ZipFile(io.BytesIO(fetch(name))) as archive:
             return text_data(name, archive.read("enwik8").decode("utf-8"), ENWIK8_CUTS)
+    if name == "stdlib":        # its top-level modules, 4.7 million characters in Python 3.11
+        files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+        return text_data(name, "".join(file.read_text(encoding="utf-8") for file in files))
+    if name in TASKS:
+        return chain() if name == "chain" else copy_or_sort(name)
     return text_data(name, read_text(Path(name)))

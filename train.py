@@ -1,15 +1,15 @@
 """
 Train one model and score it: python train.py
 
-Reads top to bottom: flags, helpers, then train, which is one flat run. Each step is a function of (seed, step) alone,
-so a resumed run is the undisturbed one, and evaluation or sampling cannot change what is learned.
+Reads top to bottom: flags, checkpoints, evaluation, and then `train`, which is one flat run. Each step is a function
+of (seed, step) alone, so a resumed run equals an undisturbed one, and evaluation cannot change what is learned.
 """
 import argparse
 import csv
-import ctypes
 import io
 import json
 import math
+import os
 import signal
 import statistics
 import sys
@@ -19,42 +19,38 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 from torch.utils.benchmark import Timer
 
 import data
-from tsa import (Config, GATES, MODELS, UserError, build, cross_entropy, default_run, generate, macs_per_token,
-                 macs_saved, tlops_saved)
+from tsa import (Config, GATES, MODELS, UserError, build, cross_entropy, default_mode, generate, keep_freed_memory,
+                 stack, tlops_saved)
 
-PRESETS = {     # minutes on a laptop; the paper's section 2
-    "laptop": dict(n_layer=6, n_head=4, n_embd=128, block_size=128, batch_size=16, max_iters=1800, learning_rate=1e-3,
-                   dropout=0.0, lam=0.001, eval_interval=150),
-    "paper": dict(n_layer=6, n_head=8, n_embd=256, block_size=128, batch_size=64, max_iters=5000, learning_rate=3e-4,
-                  dropout=0.1, lam=0.001, eval_interval=250),
+PRESETS = {
+    "laptop": {},       # the defaults of the flags
+    "paper": dict(n_head=8, n_embd=256, block_size=128, batch_size=64, max_iters=5000, learning_rate=3e-4,
+                  warmup_iters=0, dropout=0.1, eval_interval=250),                         # section 2
 }
-# The synthetic tasks have the paper's sizes in both presets.
-TASK_PRESET = dict(n_head=4, n_embd=128, block_size=64, batch_size=256, max_iters=390, lam=0.01, eval_interval=39)
-HALT_LAM = 0.1          # the default lam of learned halting: leaves out a sixth to a third of the blocks
+TASK_PRESET = dict(block_size=64, batch_size=256, max_iters=390, eval_interval=39)         # on top of either, for tasks
+OWN_FLAGS = {           # the flags that only some models have, with their defaults
+    "dense": {},
+    "tsa": dict(gate="soft", lam=0.001, gate_bias=-1.0, threshold=0.5),
+    "exit": dict(threshold=0.9),
+    "halt": dict(lam=0.01, gate_bias=-1.0, threshold=0.5),
+}
+CONTROLS = ("out_dir", "table", "resume", "fresh")      # flags that say what to do, not what the run is
+MAY_DIFFER = ("device", "eval_interval")                # on --resume; any other difference makes another run
 LOG_INTERVAL = 20
-LOG_COLUMNS = ("step", "loss", "task_loss", "depth_loss", "alpha_by_block", "tokens_per_s", "train_loss", "val_loss",
-               "train_loss_executed", "val_loss_executed", "alpha_executed", "tlops_saved_executed",
-               "macs_saved_executed")
-TABLE_COLUMNS = ("run", "data", "n_layer", "n_embd", "lam", "seed", "step", "val_loss", "val_loss_executed", "alpha",
-                 "alpha_executed", "tlops_saved_executed", "macs_saved_executed", "tokens_per_s")
-SETTING_COLUMNS = ("data", "n_embd", "n_head", "block_size", "batch_size", "max_iters", "learning_rate", "dropout")
-POINT_COLUMNS = ("n_layer", "lam", "gate_bias", "threshold")       # with these the same, runs differ by seed
 EVAL_WINDOWS = 64       # scored while training, always the same; the end scores the whole validation split
+TABLE_COLUMNS = ("run", "data", "n_layer", "n_embd", "lam", "seed", "step", "val_loss", "val_loss_executed", "alpha",
+                 "alpha_executed", "tlops_saved_executed", "tokens_per_s")
 THRESHOLDS = (.99, .95, .90, .85, .80, .75, .70, .65, .60, .55, .50, .40, .30)      # the paper's early-exit sweep
-MEANINGLESS = {"dense": ("gate", "lam", "gate_bias", "threshold"), "tsa": (), "exit": ("gate", "lam", "gate_bias"),
-               "halt": ("gate",)}
-MAY_DIFFER = ("device", "eval_interval")        # on --resume; everything else makes another run
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Flags. They are None when not given, so that a preset or a resumed run can fill them in.
+# Flags and devices
 
 class Parser(argparse.ArgumentParser):
-    """One line for a mistake, where argparse would print the usage first."""
+    """argparse, with one line for a mistake."""
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
@@ -71,94 +67,102 @@ def number(kind, low, high):
     return parse
 
 
-def parse_args(argv):
-    size, share = number(int, 1, 1_000_000), number(float, 0, 1)
-    parser = Parser(prog="train.py", description="Train a Token-Selective Attention model, or one to compare it with.")
+def make_parser():
+    size = number(int, 1, 1_000_000)
+    parser = Parser(prog="train.py", description="Train a Token-Selective Attention model, or one to compare it with.",
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     group = parser.add_argument_group("model")
-    group.add_argument("--model", choices=MODELS, help="dense: plain; tsa: learned routing (default); exit: early exit "
-                                                       "by confidence; halt: learned halting")
-    group.add_argument("--gate", choices=GATES, help="tsa: the gate design (default soft, the paper's)")
-    group.add_argument("--lam", type=number(float, 0, 1000), help="tsa: weight of the depth loss (default 0.001); "
-                                                                  "halt: price of depth (default 0.1)")
-    group.add_argument("--gate_bias", type=number(float, -50, 50), help="tsa, halt: initial bias of the routers "
-                                                                         "(default -1)")
-    group.add_argument("--threshold", type=share, help="tsa, halt: halt above this probability (default 0.5); "
-                                                       "exit: leave above this confidence (default 0.9)")
-    group.add_argument("--n_layer", type=size, help="blocks (default 6)")
-    group.add_argument("--n_head", type=size, help="attention heads (laptop 4, paper 8)")
-    group.add_argument("--n_embd", type=size, help="channels (laptop 128, paper 256)")
-    group.add_argument("--block_size", type=size, help="context in characters (default 128)")
-    group.add_argument("--dropout", type=number(float, 0, 0.99), help="dropout (laptop 0, paper 0.1)")
+    group.add_argument("--model", choices=MODELS, default="tsa",
+                       help="dense: plain; tsa: the paper's; exit: early exit; halt: learned halting")
+    group.add_argument("--gate", choices=GATES, help="tsa: the gate design (soft if not given)")
+    group.add_argument("--lam", type=number(float, 0, 1000), help="tsa, halt: price of depth (0.001 or 0.01)")
+    group.add_argument("--gate_bias", type=number(float, -50, 50), help="tsa, halt: initial bias of the routers (-1)")
+    group.add_argument("--threshold", type=number(float, 0, 1),
+                       help="tsa, halt: skip above this probability (0.5); exit: leave above this confidence (0.9)")
+    group.add_argument("--n_layer", type=size, default=6, help="blocks")
+    group.add_argument("--n_head", type=size, default=4, help="attention heads")
+    group.add_argument("--n_embd", type=size, default=128, help="channels")
+    group.add_argument("--block_size", type=size, default=64, help="context in tokens")
+    group.add_argument("--dropout", type=number(float, 0, 0.99), default=0.0, help="share of activations dropped")
     group = parser.add_argument_group("training")
-    group.add_argument("--preset", choices=PRESETS, help="defaults for the flags; laptop, or paper on a GPU")
-    group.add_argument("--data", help="shakespeare, enwik8, stdlib, copy, sort, chain, or a text file "
-                                       "(default shakespeare, else stdlib)")
-    group.add_argument("--batch_size", type=size, help="windows a step (laptop 16, paper 64)")
-    group.add_argument("--max_iters", type=size, help="steps (laptop 1800, paper 5000)")
-    group.add_argument("--learning_rate", type=number(float, 0, 10), help="at the start; a cosine takes it to a tenth "
-                                                                          "(laptop 1e-3, paper 3e-4)")
-    group.add_argument("--seed", type=number(int, 0, 2**31), help="of everything random (default 0)")
+    group.add_argument("--preset", choices=PRESETS,
+                       help="laptop: these defaults; paper: the paper's setting (taken by itself on a GPU)")
+    group.add_argument("--data", help="shakespeare, enwik8, stdlib, copy, sort, chain, or a text file (shakespeare, or "
+                                      "stdlib where it cannot be downloaded)")
+    group.add_argument("--batch_size", type=size, default=32, help="windows in a step")
+    group.add_argument("--max_iters", type=size, default=1100, help="steps")
+    group.add_argument("--learning_rate", type=number(float, 0, 10), default=3e-3, help="a cosine takes it to a tenth")
+    group.add_argument("--warmup_iters", type=number(int, 0, 1_000_000), default=100, help="steps of linear warm-up")
+    group.add_argument("--seed", type=number(int, 0, 2**31), default=0, help="of everything random")
     group = parser.add_argument_group("running")
-    group.add_argument("--device", help="cpu, cuda, cuda:1, mps ... (default: the best there is)")
-    group.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the blocks in training (default: bfloat16 "
-                                                                        "where that multiplies faster)")
-    group.add_argument("--compile", action="store_const", const=True, help="torch.compile the model")
-    group.add_argument("--eval_interval", type=size, help="steps between evaluations and saves (laptop 150, paper 250)")
-    group.add_argument("--out_dir", help="folder of the run (default out/MODEL-GATE)")
-    group.add_argument("--table", metavar="DIR", help="print the finished runs below DIR, and write DIR/results.csv")
-    group.add_argument("--plot", metavar="CSV", help="draw such a results.csv, loss against multiply-adds, beside it")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, mps ... (the best that works)")
+    group.add_argument("--dtype", choices=("float32", "bfloat16"),
+                       help="of the blocks in training (bfloat16 where that multiplies faster)")
+    group.add_argument("--compile", action="store_true", help="torch.compile the loss")
+    group.add_argument("--eval_interval", type=size, default=100, help="steps between evaluations and saves")
+    group.add_argument("--out_dir", help="folder of the run (out/MODEL-GATE)")
+    group.add_argument("--table", metavar="DIR", help="print the finished runs below DIR instead; write results.csv")
     group = group.add_mutually_exclusive_group()
     group.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint, if any")
     group.add_argument("--fresh", action="store_true", help="start over in a folder that holds a run")
-    return parser.parse_args(argv)
+    return parser
 
 
-def resolve(given, data_name, device):
-    """The flags of a new run: what the user gave, else the preset, else the paper's; None where meaningless."""
-    flags = dict(model="tsa", gate="soft", gate_bias=-1.0, threshold=None, seed=0, compile=False)
-    flags["preset"] = given["preset"] or ("paper" if device.startswith("cuda") else "laptop")
-    flags |= PRESETS[flags["preset"]]
+def parse_flags(parser, argv, **defaults):
+    """What makes the run: the flags that were given, else `defaults`, else those of the parser."""
+    parser.set_defaults(**defaults)
+    return {flag: value for flag, value in vars(parser.parse_args(argv)).items() if flag not in CONTROLS}
+
+
+def new_flags(parser, argv, data_name, device):
+    """The flags of a new run."""
+    given = parser.parse_args(argv)
+    preset = given.preset or ("paper" if device.startswith("cuda") else "laptop")
+    defaults = PRESETS[preset] | {"preset": preset}
+    own = dict(OWN_FLAGS[given.model])
     if data_name in data.TASKS:
-        flags |= TASK_PRESET
-    if data_name == "enwik8" and flags["preset"] == "paper":
-        flags["block_size"] = 256
-    if given["dtype"] is None:
-        flags["dtype"] = "bfloat16" if multiplies_faster_in_bfloat16(device) else "float32"
-    if given["model"] == "halt":
-        flags["lam"] = HALT_LAM
-    flags |= {flag: value for flag, value in given.items() if value is not None}
-    flags |= {"data": data_name, "device": device}
-    if flags["threshold"] is None:
-        flags["threshold"] = {"dense": None, "tsa": 0.5, "exit": 0.9, "halt": 0.5}[flags["model"]]
-    for flag in MEANINGLESS[flags["model"]]:
-        if given[flag] is not None:
-            raise UserError(f"--{flag} means nothing to --model {flags['model']}: leave it out")
-        flags[flag] = None
-    return flags
+        defaults |= TASK_PRESET | {"n_head": 4, "n_embd": 128}
+        own |= {"lam": 0.01} if given.model == "tsa" else {}
+    if data_name == "enwik8" and preset == "paper":
+        defaults["block_size"] = 256
+    for flag in ("gate", "lam", "gate_bias", "threshold"):
+        if getattr(given, flag) is not None and flag not in own:
+            raise UserError(f"--{flag} means nothing to --model {given.model}: leave it out")
+    dtype = given.dtype or ("bfloat16" if multiplies_faster_in_bfloat16(device) else "float32")
+    return parse_flags(parser, argv, **defaults, **own) | {"data": data_name, "device": device, "dtype": dtype}
 
 
-def resolve_resumed(given, flags, device, out_dir):
+def resumed_flags(parser, argv, saved, device, out_dir):
     """The flags of the run that goes on; UserError where the user now asks for another run."""
-    for flag, value in given.items():
-        if flag not in MAY_DIFFER and value not in (None, flags[flag]):
-            raise UserError(f"--{flag} {value} contradicts the run in {out_dir} ({flags[flag]}): leave it out, "
-                            f"or choose another --out_dir")
-    return flags | {"device": device, "eval_interval": given["eval_interval"] or flags["eval_interval"]}
+    flags = parse_flags(parser, argv, **saved)
+    for flag, value in flags.items():
+        if flag not in MAY_DIFFER and value != saved[flag]:
+            raise UserError(f"--{flag} {value} contradicts the run in {out_dir} ({saved[flag]}): leave it out, or take "
+                            f"another --out_dir")
+    return flags | {"device": device}
 
 
-def pick_device(name):
-    """The device of that name, tried; without a name cuda, else mps, else cpu."""
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name).item()
-    except Exception as error:      # torch raises several kinds
-        raise UserError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}): leave it out, or cpu")
-    return name
+def reason(error):
+    """The first line of an exception, which may be long, or empty."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:100]
+
+
+def pick_device(name=None):
+    """The device of that name, tried with a small product; without a name the first of cuda, mps and cpu that works."""
+    for device in [name] if name else ["cuda", "mps", "cpu"]:
+        try:
+            ones = torch.ones(8, 8, device=device)
+            (ones @ ones).sum().item()
+            return "cpu" if ones.device.type == "cpu" else device       # cpu:0 is the cpu
+        except Exception as error:      # torch raises many kinds
+            if name:
+                raise UserError(f"--device {name} cannot be used here ({reason(error)}): leave it out, or take cpu")
+            if device == "cuda" and torch.version.cuda:
+                print(f"No GPU is used: {reason(error)}")
 
 
 def multiplies_faster_in_bfloat16(device):
-    """Told by a GPU, tried on a CPU: some take half the time in bfloat16 and some double, by no feature's name."""
+    """A GPU tells; a CPU is tried, because some take half the time in bfloat16 and some double, whatever their name."""
     if device != "cpu":
         return device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
     seconds = []
@@ -170,35 +174,7 @@ def multiplies_faster_in_bfloat16(device):
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Checkpoints and logs
-
-def load_checkpoint(path, device="cpu"):
-    """ckpt.pt -> the model on `device`, in eval mode, and the dictionary that was saved; UserError if it is no good."""
-    try:
-        with zipfile.ZipFile(path) as archive:      # torch does not check the sums that it writes
-            damaged = archive.testzip()
-        if damaged:
-            raise ValueError(f"{damaged} is damaged")
-        saved = torch.load(path, map_location=device, weights_only=True)
-        model = build(Config(**saved["config"]))
-        model.load_state_dict(saved["model"])
-    except UserError:       # a gate of the user's own, no longer in GATES
-        raise
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): train first, or give another checkpoint")
-    except Exception as error:      # damaged and foreign files fail in many ways
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is damaged or not a checkpoint of train.py ({reason[:100]})")
-    return model.to(device).eval(), saved
-
-
-def load_corpus(saved, path):
-    """The text that a model was trained on; UserError where it has changed since."""
-    corpus = data.load(saved["flags"]["data"])
-    if corpus.vocab != saved["vocab"]:
-        raise UserError(f"the text of {path} has changed: its characters are not those of the training")
-    return corpus
-
+# Checkpoints and tables
 
 def save_checkpoint(path, **contents):
     buffer = io.BytesIO()
@@ -206,83 +182,62 @@ def save_checkpoint(path, **contents):
     data.write_atomic(path, buffer.getvalue())
 
 
+def load_checkpoint(path, device="cpu"):
+    """ckpt.pt -> the model on `device`, in eval mode, and the dictionary that was saved; UserError if it is no good."""
+    try:
+        with zipfile.ZipFile(path) as archive:      # torch does not check the sums that it writes
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} is damaged")
+        saved = torch.load(path, map_location=device, weights_only=True)
+        missing = {"config", "flags", "vocab", "prompt", "new_tokens", "digest", "step", "model"} - saved.keys()
+        if missing:
+            raise ValueError(f"it has no {' and no '.join(sorted(missing))}")
+        model = build(Config(**saved["config"]))
+        model.load_state_dict(saved["model"])
+    except UserError:       # a gate of the user's own that is no longer in GATES
+        raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): train first, or give another checkpoint")
+    except Exception as error:      # damaged and foreign files fail in many ways
+        raise UserError(f"{path} is damaged or not a checkpoint of this train.py ({reason(error)})")
+    return model.to(device).eval(), saved
+
+
+def load_corpus(saved, path):
+    """The text that a model was trained on; UserError where it has changed since."""
+    corpus = data.load(saved["flags"]["data"])
+    if corpus.digest() != saved["digest"]:
+        raise UserError(f"the text of {path} has changed since: bring {saved['flags']['data']} back as it was")
+    return corpus
+
+
 def write_csv(path, rows):
-    """A list of dictionaries -> a csv whose columns are the first one's keys."""
+    """A list of dictionaries -> a csv with a column for each key of any of them."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    columns = dict.fromkeys(column for row in rows for column in row)
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     data.write_atomic(path, text.getvalue().encode("utf-8"))
 
 
-def read_csv(path):
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def print_table(folder):
-    """The finished runs below `folder`, a line each; everything that is known of them goes to results.csv."""
-    paths = sorted(Path(folder).rglob("result.json"))
-    if not paths:
-        raise UserError(f"--table {folder}: there is no finished run (result.json) below it")
-    try:
-        rows = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    except ValueError as error:
-        raise UserError(f"--table {folder}: a result.json is damaged ({error}): delete it")
-    rows = [{"run": path.parent.relative_to(folder).as_posix()} | row for path, row in zip(paths, rows)]
-    lines = [TABLE_COLUMNS]
-    for row in rows:
-        cells = [row[column] for column in TABLE_COLUMNS]
+    """Print the finished runs below `folder`, a line each, and write all that is known of them to results.csv."""
+    rows, lines = [], [TABLE_COLUMNS]
+    for path in sorted(Path(folder).rglob("result.json")):
+        try:
+            rows.append({"run": path.parent.relative_to(folder).as_posix()} | json.loads(path.read_text("utf-8")))
+            cells = [rows[-1][column] for column in TABLE_COLUMNS]
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"--table {folder}: {path} is damaged ({reason(error)}): delete it")
         cells = ["-" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells]
         lines.append(cells)
+    if not rows:
+        raise UserError(f"--table {folder}: there is no finished run (result.json) below it")
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
-    columns = dict.fromkeys(column for row in rows for column in row)       # early exit and the tasks have more
-    rows = [dict.fromkeys(columns) | row for row in rows]
-    for row in rows:
-        for column, value in row.items():
-            row[column] = json.dumps(value) if isinstance(value, list) else value
     write_csv(Path(folder) / "results.csv", rows)
-    return 0
-
-
-def plot(path):
-    """
-    The rows of a results.csv as executed loss against executed multiply-adds, one curve a model and gate: plain models
-    by depth, routed ones by lam, early exit by threshold; each point the mean over seeds. Writes an SVG beside it.
-    """
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install matplotlib")
-    settings = set()
-    curves = {}         # label -> what tells its points apart -> [(million multiply-adds, loss) of each seed]
-    for row in read_csv(path):
-        settings.add(tuple(row[key] for key in SETTING_COLUMNS))
-        label = " ".join(filter(None, (row["model"], row["gate"])))
-        points = {tuple(row[key] for key in POINT_COLUMNS): (row["macs_executed"], row["val_loss_executed"])}
-        if row.get("thresholds"):
-            points = {t["threshold"]: (t["macs"], t["val_loss"]) for t in json.loads(row["thresholds"])}
-        for key, (macs, loss) in points.items():
-            seeds = curves.setdefault(label, {}).setdefault(key, [])
-            seeds.append((float(macs) / 1e6, float(loss)))
-    if len(settings) > 1:
-        raise UserError(f"{path} mixes data, sizes or steps, so that losses do not compare: {sorted(settings)}")
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    means = {label: np.array(sorted(np.mean(seeds, axis=0).tolist() for seeds in points.values()))
-             for label, points in curves.items()}
-    best = min(points[:, 1].min() for points in means.values())
-    top = 1.07 * best       # a model that falls apart when executed would leave no room for the others
-    for label, points in means.items():
-        axes.plot(*points.T, "o-", label=label if points[:, 1].min() < top else f"{label} (above: from "
-                                                                                f"{points[:, 1].min():.2f})")
-    axes.set_ylim(0.99 * best, top)
-    axes.set(xlabel="million multiply-adds a character, executed", ylabel="validation loss, as executed")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(Path(path).with_suffix(".svg"))
-    print(f"written to {Path(path).with_suffix('.svg')}")
     return 0
 
 
@@ -290,93 +245,80 @@ def plot(path):
 # Evaluation
 
 @torch.no_grad()
-def evaluate(model, windows, run, batch_size=64):
+def evaluate(model, windows, mode, batch_size=64):
     """
-    Score windows (idx, targets), both (n, T), in float32. Returns a dictionary: loss, a mean over the scored
-    characters; alpha, the mean gate of the blocks 1 ... L-1, and alpha_by_block; alpha_executed, the share of those
-    token-blocks whose gate is not 0, what that saves, and macs, the multiply-adds of a token; accuracies; right and
-    depth (n, T): was the character predicted, and how many blocks did it take, soft ones by their scale.
+    Score windows (idx, targets), both (n, T), in float32 -> a dictionary of loss, a mean over the scored tokens;
+    alpha_by_block, the mean gates of blocks 1 ... L-1; and ran, the share of tokens that took each of the L blocks.
     """
+    was_training = model.training
     model.eval()
     idx, targets = windows
-    parts = []
+    loss, gate_sum, ran = 0, 0, 0
     for x, y in zip(idx.split(batch_size), targets.split(batch_size)):
-        logits, _, stats = model(x, run=run)
-        parts.append((cross_entropy(logits, y), logits.argmax(-1) == y, stats["gates"]))
-    model.train()
-    losses, right, gates = (torch.cat(part, dim=-2) for part in zip(*parts))               # (n, T) twice, (L, n, T)
-    scored, n_gated = targets >= 0, max(len(gates) - 1, 1)
-    alpha_by_block = gates[1:].mean((1, 2)).tolist()
-    ran = (gates > 0).float().mean((1, 2)).tolist()
-    return {
-        "loss": (losses.sum() / scored.sum()).item(),
-        "alpha": sum(alpha_by_block) / n_gated,
-        "alpha_by_block": alpha_by_block,
-        "alpha_executed": sum(ran[1:]) / n_gated,
-        "tlops_saved": tlops_saved(ran),
-        "macs_saved": macs_saved(model.config, ran),
-        "macs": macs_per_token(model.config, ran),
-        "token_accuracy": ((right & scored).sum() / scored.sum()).item(),
-        "sequence_accuracy": (right | ~scored).all(1).float().mean().item(),
-        "right": right, "depth": gates.sum(0),
-    }
+        logits, used = model(x, mode)
+        gates = stack(used, x)                                                             # (L, B, T)
+        loss += cross_entropy(logits, y).sum(dtype=torch.float64)
+        gate_sum += gates.sum((1, 2), dtype=torch.float64)
+        ran += (gates > 0).sum((1, 2))
+    model.train(was_training)
+    return {"loss": (loss / (targets >= 0).sum()).item(), "alpha_by_block": (gate_sum[1:] / idx.numel()).tolist(),
+            "ran": (ran / idx.numel()).tolist()}
 
 
-@torch.no_grad()
-def sweep_exits(model, windows, batch_size=64):
-    """
-    Early exit at each of the paper's THRESHOLDS: executed, and beside it as val_loss_frozen the variant of the
-    paper's code, where an exited token keeps its logits but still runs through every block, so that nothing is saved.
-    """
-    model.eval()
-    idx, targets = windows
-    frozen = dict.fromkeys(THRESHOLDS, 0)
-    for x, y in zip(idx.split(batch_size), targets.split(batch_size)):
-        levels = torch.stack(model(x)[2]["exit_logits"])                                        # (L, B, T, V)
-        confidence = F.softmax(levels, dim=-1).amax(-1)                                    # (L, B, T)
-        for threshold in THRESHOLDS:
-            leaves = confidence > threshold
-            leaves[0], leaves[-1] = False, True     # the stem ends no token, the last block takes the rest
-            block = leaves.float().argmax(0)                                               # (B, T), the first to leave
-            logits = levels.gather(0, block[None, :, :, None].expand_as(levels[:1]))[0]
-            frozen[threshold] += cross_entropy(logits, y).sum()
+def mean(numbers):
+    return sum(numbers) / max(len(numbers), 1)
+
+
+def sweep_exits(model, windows):
+    """Early exit, executed at each of the paper's THRESHOLDS."""
     rows, own = [], model.config.threshold
     for threshold in THRESHOLDS:
         model.config.threshold = threshold
         score = evaluate(model, windows, "gathered")
-        rows.append({"threshold": threshold, "val_loss": score["loss"], "alpha": score["alpha_executed"],
-                     "tlops_saved": score["tlops_saved"], "macs_saved": score["macs_saved"], "macs": score["macs"],
-                     "val_loss_frozen": (frozen[threshold] / (targets >= 0).sum()).item()})
-        print("threshold {threshold:.2f}: loss {val_loss:.4f}, saving {tlops_saved:.1%} of token-layer operations, "
-              "{macs_saved:.1%} of multiply-adds".format(**rows[-1]))
+        rows.append({"threshold": threshold, "val_loss": score["loss"], "alpha": mean(score["ran"][1:]),
+                     "tlops_saved": tlops_saved(score["ran"]), "ran": score["ran"]})
+        print("threshold {threshold:.2f}: loss {val_loss:.4f}, saving {tlops_saved:.1%} of token-layer operations"
+              .format(**rows[-1]))
     model.config.threshold = own
     return rows
 
 
-def score_hops(trained, executed, all_hops, hops):
-    """The characters of a chain that are so many hops from their digit: accuracy and depth of both evaluations."""
-    members = all_hops == hops
-    row = {"hops": hops, "n": members.sum().item()}
-    for ending, score in (("", trained), ("_executed", executed)):
-        for key, column in (("right", "accuracy"), ("depth", "depth")):
-            row[column + ending] = score[key][members].float().mean().item()
-    print("{hops} hops: {accuracy:.3f} right at depth {depth:.2f} as trained, {accuracy_executed:.3f} at "
-          "{depth_executed:.2f} as executed".format(**row))
-    return row
+def score_probes(model, corpus):
+    """A few windows, always the same, scored as trained and as executed -> columns of the log."""
+    columns = {}
+    for split in ("train", "val"):
+        windows = corpus.windows(split, model.config.block_size, EVAL_WINDOWS)
+        executed = evaluate(model, windows, "gathered")
+        columns |= {f"{split}_loss": evaluate(model, windows, "trained")["loss"],
+                    f"{split}_loss_executed": executed["loss"]}
+    return columns | {"alpha_executed": mean(executed["ran"][1:]), "tlops_saved_executed": tlops_saved(executed["ran"])}
+
+
+def count_parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def score_run(model, corpus, flags):
+    """After the last step: the whole validation split, as trained and as executed -> what result.json holds."""
+    windows = corpus.windows("val", model.config.block_size)
+    print(f"scoring the whole validation split, {windows[0].numel():,} tokens, as trained and as executed")
+    trained, executed = evaluate(model, windows, "trained"), evaluate(model, windows, "gathered")
+    has_routers = flags["gate_bias"] is not None
+    result = dict(flags) | {
+        "n_params": count_parameters(model), "step": flags["max_iters"],
+        "val_loss": trained["loss"], "val_bpc": trained["loss"] / math.log(2),
+        "alpha": mean(trained["alpha_by_block"]) if has_routers else None,
+        "alpha_by_block": trained["alpha_by_block"] if has_routers else None,
+        "val_loss_executed": executed["loss"], "alpha_executed": mean(executed["ran"][1:]), "ran": executed["ran"],
+        "tlops_saved_executed": tlops_saved(executed["ran"])}
+    if flags["model"] == "exit":
+        print(f"sweeping early exit over {len(THRESHOLDS)} thresholds")
+        result["thresholds"] = sweep_exits(model, windows)
+    return result
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Pieces of a run
-
-def keep_freed_memory():
-    """
-    glibc hands every buffer over 32 MB back to the system and has it again, page by page, for the next layer: on a
-    CPU a third of a step. Tell it to keep them (mallopt(3): M_MMAP_MAX is -4, M_TRIM_THRESHOLD is -1).
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-4, 0)
-        libc.mallopt(-1, 2**31 - 1)
-
+# Training
 
 def seed_step(seed, step):
     """All randomness of a step (batch, dropout) follows from these two; step 0 is the initialisation."""
@@ -393,10 +335,10 @@ def make_optimizer(model, learning_rate):
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
 
 
-def cosine(step, max_iters):
-    """Share of the learning rate that is left at `step`: from 1 at the first to a tenth at the last, no warm-up."""
+def schedule(step, warmup_iters, max_iters):
+    """Share of the learning rate at `step`: a linear warm-up times a cosine from 1 at the first step to 0.1 at last."""
     progress = (step - 1) / max(max_iters - 1, 1)
-    return 0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2
+    return min(step / max(warmup_iters, 1), 1) * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
 
 
 def stop_on_signal():
@@ -412,186 +354,110 @@ def stop_on_signal():
     return received
 
 
-def try_compile(model, step):
-    """torch.compile, tried on one `step`; the model itself, and a line that says why, where that fails."""
-    compiled = torch.compile(model)
-    try:
-        step(compiled)
-    except Exception as error:      # a missing compiler or Triton, an unsupported Python: each fails in its own way
-        print(f"--compile failed ({str(error).splitlines()[0][:100]}); going on without it")
-        return model
-    return compiled
-
-
-def count_parameters(model):
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def clock(seconds):
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-def finish(model, corpus, flags, rows, seconds, out_dir):
-    """After the last step: score the whole validation split, write result.json, and show some text."""
-    config, windows = model.config, corpus.windows("val", model.config.block_size)
-    print(f"scoring the whole validation split, {windows[0].numel():,} characters, as trained and as executed")
-    trained, executed = evaluate(model, windows, "trained"), evaluate(model, windows, "gathered")
-    result = {key: flags[key] for key in ("model", "gate", "lam", "gate_bias", "threshold", "seed", "data")}
-    result["n_params"] = count_parameters(model)
-    for key in ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "max_iters", "learning_rate", "dropout"):
-        result[key] = flags[key]
-    result |= {
-        "step": flags["max_iters"], "val_loss": trained["loss"], "val_bpc": trained["loss"] / math.log(2),
-        "alpha": trained["alpha"] if config.has_routers else None,
-        "val_loss_executed": executed["loss"], "alpha_executed": executed["alpha_executed"],
-        "alpha_by_block": trained["alpha_by_block"] if config.has_routers else None,
-        "tlops_saved_executed": executed["tlops_saved"], "macs_saved_executed": executed["macs_saved"],
-        "macs_executed": executed["macs"],
-        "tokens_per_s": statistics.median(int(row["tokens_per_s"]) for row in rows if row["tokens_per_s"]),
-        "device": flags["device"], "dtype": flags["dtype"], "torch": torch.__version__, "seconds": round(seconds, 1)}
-    if corpus.is_task:
-        result |= {key: trained[key] for key in ("token_accuracy", "sequence_accuracy")}
-    if corpus.hops is not None:
-        result["by_hops"] = [score_hops(trained, executed, corpus.hops.to(flags["device"]), hops)
-                             for hops in corpus.hops.unique().tolist()]
-    if config.model == "exit":
-        print(f"sweeping early exit over {len(THRESHOLDS)} thresholds")
-        result["thresholds"] = sweep_exits(model, windows)
-    data.write_atomic(out_dir / "result.json", json.dumps(result, indent=1).encode("utf-8"))
-    print("validation loss {val_loss:.4f} ({val_bpc:.4f} bits per character) as trained, {val_loss_executed:.4f} as "
-          "executed, saving {tlops_saved_executed:.1%} of token-layer operations, {macs_saved_executed:.1%} of "
-          "multiply-adds; {seconds:.0f} s of training".format(**result))
-    print(f"\nA sample (python sample.py --ckpt {out_dir / 'ckpt.pt'} for more):\n{corpus.prompt}", end="")
-    idx = torch.tensor([data.encode(corpus.prompt, corpus.vocab)], device=flags["device"])
-    for idx_next, _ in generate(model, idx, min(corpus.new_tokens, 200), top_k=20, run=default_run(config)):
-        print(corpus.vocab[idx_next.item()], end="", flush=True)
-    print()
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# The run
-
-def train(given, out_dir, resume, fresh):
-    """One run from the flags `given`, None where the user gave none -> exit status."""
+def train(parser, argv):
+    """One run -> exit status."""
     keep_freed_memory()
-    name = given["model"] or "tsa"
-    out_dir = Path(out_dir or (f"out/tsa-{given['gate'] or 'soft'}" if name == "tsa" else f"out/{name}"))
+    given = parser.parse_args(argv)
+    name = f"tsa-{given.gate or 'soft'}" if given.model == "tsa" else given.model
+    out_dir = Path(given.out_dir or f"out/{name}")
     ckpt_path, log_path, result_path = out_dir / "ckpt.pt", out_dir / "log.csv", out_dir / "result.json"
-    if ckpt_path.exists() and not resume and not fresh:
-        raise UserError(f"{out_dir} holds a run: --resume goes on with it, --fresh starts over, or take "
-                        f"another --out_dir")
+    if ckpt_path.exists() and not given.resume and not given.fresh:
+        raise UserError(f"{out_dir} holds a run: --resume goes on with it, --fresh starts over, or take another "
+                        f"--out_dir")
 
     # Flags, data, model, optimizer: new, or as the checkpoint has them
-    device = pick_device(given["device"])
-    resume = resume and ckpt_path.exists()
-    if resume:
+    device = pick_device(given.device)
+    resumes = given.resume and ckpt_path.exists()
+    if resumes:
         model, saved = load_checkpoint(ckpt_path, device)
-        flags = resolve_resumed(given, saved["flags"], device, out_dir)
+        flags = resumed_flags(parser, argv, saved["flags"], device, out_dir)
         if result_path.exists():
             print(f"{out_dir} is finished: step {saved['step']} of {flags['max_iters']}")
             return 0
         corpus = load_corpus(saved, ckpt_path)
     else:
-        corpus, saved = data.load(given["data"]), {"step": 0, "seconds": 0.0}
-        flags = resolve(given, corpus.name, device)
+        corpus = data.load(given.data)
+        flags = new_flags(parser, argv, corpus.name, device)
         fields = {field: flags[field] for field in Config.__dataclass_fields__ if field != "vocab_size"}
         seed_step(flags["seed"], 0)
         model = build(Config(vocab_size=len(corpus.vocab), **fields)).to(device)
-    config, step, max_iters = model.config, saved["step"], flags["max_iters"]
+        saved = {"step": 0, "seconds": 0.0, "rows": []}
+    config, step, rows, max_iters = model.config, saved["step"], saved.get("rows", []), flags["max_iters"]
     corpus.check(config.block_size)
+    digest = corpus.digest()
     corpus.to(device)
     optimizer = make_optimizer(model, flags["learning_rate"])
-    rows = []
-    if resume:
+    if resumes:
+        if "optimizer" not in saved:
+            raise UserError(f"{ckpt_path} has no optimizer, so it cannot be trained on: take another --out_dir")
         optimizer.load_state_dict(saved["optimizer"])
-        # Rows past the checkpoint were written just before a kill: they will come again.
-        rows = [row for row in read_csv(log_path) if int(row["step"]) <= step]
     out_dir.mkdir(parents=True, exist_ok=True)
     result_path.unlink(missing_ok=True)
     print(*(f"{flag}={value}" for flag, value in flags.items() if value is not None))
     print(f"{config.model}: {count_parameters(model):,} parameters on {device}, blocks in {flags['dtype']}; "
           f"{corpus.describe()}; results go to {out_dir}")
 
-    def forward_backward(model):
-        idx, targets = corpus.batch("train", flags["batch_size"], config.block_size)
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=flags["dtype"] == "bfloat16"):
-            _, loss, stats = model(idx, targets)
-        loss.backward()
-        return loss.detach(), stats
-
-    def evaluate_probes():
-        """A few windows, always the same, scored as trained and as executed -> columns of the log."""
-        columns = {}
-        for split in ("val", "train"):
-            windows = corpus.windows(split, config.block_size, EVAL_WINDOWS)
-            columns[f"{split}_loss"] = evaluate(model, windows, "trained")["loss"]
-            executed = evaluate(model, windows, "gathered")
-            columns[f"{split}_loss_executed"] = executed["loss"]
-        return columns | {"alpha_executed": executed["alpha_executed"], "tlops_saved_executed": executed["tlops_saved"],
-                          "macs_saved_executed": executed["macs_saved"]}
-
-    def check_finite():
-        if not finite:
-            raise UserError(f"the loss is not finite at step {step}: {ckpt_path} keeps the last good step; "
-                            f"start over with a lower --learning_rate")
-
     def save():
-        check_finite()
+        if not finite:
+            raise UserError(f"the loss is not finite at step {step}: {ckpt_path} keeps the last good step; start over "
+                            f"with a lower --learning_rate")
         write_csv(log_path, rows)
         save_checkpoint(ckpt_path, config=vars(config), vocab=corpus.vocab, prompt=corpus.prompt,
-                        new_tokens=corpus.new_tokens, flags=flags, step=step, model=model.state_dict(),
-                        optimizer=optimizer.state_dict(), seconds=saved["seconds"] + time.time() - began)
+                        new_tokens=corpus.new_tokens, digest=digest, flags=flags, step=step, rows=rows,
+                        model=model.state_dict(), optimizer=optimizer.state_dict(),
+                        seconds=saved["seconds"] + time.perf_counter() - began)
 
-    model.train()
-    compiled = try_compile(model, forward_backward) if flags["compile"] else model
-    optimizer.zero_grad()
-    began, finite = time.time(), torch.tensor(True, device=device)
-    if not resume:
-        rows.append(dict.fromkeys(LOG_COLUMNS) | {"step": 0} | evaluate_probes())
+    began, finite = time.perf_counter(), torch.tensor(True, device=device)
+    if not resumes:
+        rows.append({"step": 0} | score_probes(model, corpus))
         print(f"step 0: validation loss {rows[0]['val_loss']:.4f}, where guessing blindly is ln({len(corpus.vocab)}) = "
               f"{math.log(len(corpus.vocab)):.4f}")
         save()
-    lap, lap_step, first_step = time.time(), step, step
-    stop = stop_on_signal()
+    model.train()
+    autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=flags["dtype"] == "bfloat16")
+    loss_of = torch.compile(model.loss) if flags["compile"] else model.loss
+    stop, first_step, lap, lap_step = stop_on_signal(), step, time.perf_counter(), step
     while step < max_iters and not stop:
         step += 1
         seed_step(flags["seed"], step)
         for group in optimizer.param_groups:
-            group["lr"] = flags["learning_rate"] * cosine(step, max_iters)
+            group["lr"] = flags["learning_rate"] * schedule(step, flags["warmup_iters"], max_iters)
+        lam = flags["lam"] or 0
         if config.model == "halt":
-            model.progress.fill_(step / max_iters)
-        loss, stats = forward_backward(compiled)
+            lam *= min(2 * step / max_iters, 1)     # at first no block is worth its price
+        idx, targets = corpus.batch("train", flags["batch_size"], config.block_size)       # (B, T)
+        with autocast:
+            task, gates = loss_of(idx, targets)                                            # gates (L, B, T)
+            loss = task + lam * gates[1:].mean() if lam else task                          # the paper's total
+        loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         finite &= torch.isfinite(loss + norm)       # looked at only now and then: else a GPU would wait each step
+
         evaluates = step % flags["eval_interval"] == 0 or step == max_iters
-        logs = evaluates or step % LOG_INTERVAL == 0
-        if not logs:
+        if not evaluates and step % LOG_INTERVAL:
             continue
-        check_finite()
-        row = dict.fromkeys(LOG_COLUMNS) | {"step": step, "loss": loss.item(), "task_loss": stats["task_loss"].item()}
-        now = time.time()
-        row["tokens_per_s"] = round((step - lap_step) * stats["gates"][0].numel() / (now - lap))
+        now = time.perf_counter()
+        row = {"step": step, "loss": loss.item(), "task_loss": task.item(),
+               "tokens_per_s": round((step - lap_step) * idx.numel() / max(now - lap, 1e-9))}
         line = f"step {step}/{max_iters}  loss {row['loss']:.4f}"
-        if "depth_loss" in stats:
-            by_block = stats["gates"].detach()[1:].mean((1, 2)).tolist()
-            row["alpha_by_block"] = " ".join(f"{a:.3f}" for a in by_block)
-            row["depth_loss"] = stats["depth_loss"].item()
-            line += f" = task {row['task_loss']:.4f} + {model.price():.3g} * depth {row['depth_loss']:.4f}  " \
-                    f"alpha by block {row['alpha_by_block']}"
-        left = (now - began) / (step - first_step) * (max_iters - step)
-        print(f"{line}  {row['tokens_per_s']:,} tokens/s  {clock(left)} left")
-        if evaluates:
-            row |= evaluate_probes()
-            print("evaluation: as trained val loss {val_loss:.4f}, train {train_loss:.4f}; as executed val "
-                  "{val_loss_executed:.4f}, train {train_loss_executed:.4f} at alpha {alpha_executed:.3f}, saving "
-                  "{tlops_saved_executed:.1%} of token-layer operations, {macs_saved_executed:.1%} of multiply-adds"
-                  .format(**row))
+        if flags["lam"] is not None:
+            by_block = gates.detach()[1:].mean((1, 2)).tolist()
+            row |= {"depth_loss": mean(by_block), "alpha_by_block": " ".join(f"{alpha:.3f}" for alpha in by_block)}
+            line += (f" = task {row['task_loss']:.4f} + {lam:.3g} * depth {row['depth_loss']:.4f}  alpha by block "
+                     f"{row['alpha_by_block']}")
+        left = int((now - began) / (step - first_step) * (max_iters - step))
+        print(f"{line}  {row['tokens_per_s']:,} tokens/s  {left // 60}:{left % 60:02d} left")
         rows.append(row)
         if evaluates:
+            row |= score_probes(model, corpus)
+            print("evaluation: as trained val loss {val_loss:.4f}, train {train_loss:.4f}; as executed val "
+                  "{val_loss_executed:.4f}, train {train_loss_executed:.4f} at alpha {alpha_executed:.3f}, saving "
+                  "{tlops_saved_executed:.1%} of token-layer operations".format(**row))
+        if evaluates or not finite:
             save()
-        lap, lap_step = time.time(), step
+        lap, lap_step = time.perf_counter(), step
     if stop:
         save()
         print(f"stopped at step {step} of {max_iters} and saved: the same command with --resume goes on")
@@ -599,27 +465,49 @@ def train(given, out_dir, resume, fresh):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    finish(model, corpus, flags, rows, saved["seconds"] + time.time() - began, out_dir)
+    result = score_run(model, corpus, flags) | {
+        "tokens_per_s": statistics.median(row["tokens_per_s"] for row in rows[1:]),
+        "seconds": round(saved["seconds"] + time.perf_counter() - began, 1), "torch": torch.__version__}
+    data.write_atomic(result_path, json.dumps(result, indent=1).encode("utf-8"))
+    print("validation loss {val_loss:.4f} ({val_bpc:.4f} bits per character) as trained, {val_loss_executed:.4f} as "
+          "executed, saving {tlops_saved_executed:.1%} of token-layer operations; {seconds:.0f} s".format(**result))
+    print(f"\nA sample (python sample.py --ckpt {ckpt_path} for more):\n{corpus.prompt}", end="")
+    idx = torch.tensor([data.encode(corpus.prompt, corpus.vocab)], device=device)
+    for idx_next, _ in generate(model, idx, min(corpus.new_tokens, 200), top_k=20, mode=default_mode(config)):
+        print(corpus.vocab[idx_next.item()], end="", flush=True)
+    print()
     return 0
 
 
-def main(argv=None):
-    sys.stdout.reconfigure(errors="replace")       # a terminal may lack a character; that must not end a run
+def run_program(name, body, argv=None):
+    """body(argv) -> exit status. A user's mistake becomes one line on stderr and status 2."""
+    if hasattr(sys.stdout, "reconfigure"):      # a notebook's has not
+        sys.stdout.reconfigure(errors="replace")        # a terminal may lack a character; that must not end a run
     try:
-        args = vars(parse_args(argv))
-        table, csv_path, out_dir, resume, fresh = map(args.pop, ("table", "plot", "out_dir", "resume", "fresh"))
-        if table is not None:
-            return print_table(table)
-        return train(args, out_dir, resume, fresh) if csv_path is None else plot(csv_path)
+        return body(argv)
+    except BrokenPipeError:     # | head has seen enough; what is left to flush must not complain either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (UserError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
     except RuntimeError as error:
+        if type(error).__module__.startswith("torch._"):        # dynamo's and inductor's errors
+            print(f"{name}: --compile failed ({reason(error)}): leave it out", file=sys.stderr)
+            return 2
         if "allocate" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
             raise
-        print("train.py: out of memory: choose a smaller --batch_size, --block_size or --n_embd", file=sys.stderr)
+        print(f"{name}: out of memory: choose a smaller --batch_size, --block_size or --n_embd", file=sys.stderr)
     except KeyboardInterrupt:       # while nothing trains: there is nothing to save
         return 130
     return 2
+
+
+def main(argv=None):
+    def body(argv):
+        parser = make_parser()
+        folder = parser.parse_args(argv).table
+        return train(parser, argv) if folder is None else print_table(folder)
+    return run_program("train.py", body, argv)
 
 
 if __name__ == "__main__":
