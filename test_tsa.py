@@ -212,9 +212,10 @@ def test_gate_pairs_follow_their_definitions(gate, expected):
         torch.testing.assert_close(make_gate(p, 0.5), torch.tensor(values))     # dtypes as well: a scale or a switch
 
 
-def test_design_that_trains_on_a_switch_is_refused(monkeypatch):
-    """No gradient passes a bool: its routers would silently never learn."""
-    monkeypatch.setitem(GATES, "hard", (tsa.binary, tsa.binary))
+@pytest.mark.parametrize("design", [tsa.binary, lambda p, threshold: (p <= threshold).float()])
+def test_design_that_passes_no_gradient_is_refused(monkeypatch, design):
+    """A switch in training, even one made a float: its routers would silently never learn."""
+    monkeypatch.setitem(GATES, "hard", (design, tsa.binary))
     with pytest.raises(UserError, match="no gradient"):
         build(Config(gate="hard"))
 
@@ -271,6 +272,10 @@ def test_exit_thresholds_zero_and_one(mode):
         logits, used = model(idx, mode)
         torch.testing.assert_close(logits, levels[level])
         assert stack(used, idx).mean((1, 2)).tolist() == depth
+    train.sweep_exits(model, (idx, idx))
+    assert model.config.threshold == 1.0        # or whatever comes after the sweep runs with its last threshold
+    with pytest.raises(AssertionError):
+        model(idx, "gatherd")
 
 
 def test_exited_token_really_stops():
@@ -303,7 +308,7 @@ def test_halting_trains_what_it_runs():
 
 
 def test_halting_loss_and_its_gradient_by_hand():
-    """Equations (5) and (6), a token at a time: a weight or state that is detached, or is not, shows in a gradient."""
+    """Equation (5), a token at a time: a weight or state that is detached, or is not, shows in a gradient."""
     model, idx, targets = tiny("halt", seed=6), tokens(), tokens(seed=2)
     targets[0, :8] = -1         # not scored, as in the tasks; their depth has its price all the same
     x = left = model.wte(idx) + model.wpe(torch.arange(16))
@@ -998,6 +1003,8 @@ def test_depth_shows_as_colour_or_digit(finished, capsys, monkeypatch):
     depths = [int(gates.sum()) for _, gates in generate(model, prompt, 30, 0.8, mode="masked")]
     assert [int(digit) for line in digits for digit in line.strip()] == depths and len(set(depths)) > 1
     assert digits[0][:3].isspace()                          # nothing was predicted below the prompt
+    scales = torch.tensor([1, 0.25, 0])
+    assert (sample.depth_of(scales, "trained"), sample.depth_of(scales, "gathered")) == (1.25, 2)
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert run_sample(*flags) == 0
@@ -1013,8 +1020,12 @@ def test_map_has_a_box_for_each_gate(finished, tmp_path):
     flags = ["--ckpt", finished / "ckpt.pt", "--map", tmp_path / "map.svg"]
     for prompt, n in (([], 16), (["--prompt", "lazy dog.\n"], 9)):
         assert run_sample(*flags, *prompt) == 0
-        boxes = [e for e in ElementTree.parse(tmp_path / "map.svg").iter() if e.get("opacity")]
+        elements = list(ElementTree.parse(tmp_path / "map.svg").iter())
+        boxes = [e for e in elements if e.get("opacity")]
         assert len(boxes) == n * (3 + 1)
+        assert all(box.get("opacity") == "1.00" for box in boxes[:n])       # the stem, which always runs
+        heights = {e.text: float(e.get("y")) for e in elements if e.text and e.text.startswith("block")}
+        assert heights["block 0"] > heights["block 2"] and float(boxes[0].get("y")) > float(boxes[n].get("y"))
     assert run_sample(*flags, "--prompt", "T") == 2
 
 
@@ -1111,11 +1122,12 @@ def test_chains_are_scored_by_hops():
             for _ in range(n):
                 place = row[place] - 10
             assert 0 <= row[place] < 10
-    right = hops < 3
-    right[:, 0] = targets[:, 0] == 4
+    right, targets = hops < 3, targets.clone()
+    targets[:, 40:] = -1        # not scored
     score = depth.score_task(right, targets, torch.ones(3, 50, 56), hops)
     assert score["hops 1"]["accuracy"] == 1 and score["hops 5"] == {"n": (hops == 5).sum(), "accuracy": 0, "depth": 3}
-    assert score["token_accuracy"] == pytest.approx(right.double().mean().item()) and score["sequence_accuracy"] == 0
+    scored = [right[b, t].item() for b in range(50) for t in range(40)]
+    assert score["token_accuracy"] == pytest.approx(sum(scored) / len(scored)) and score["sequence_accuracy"] == 0
 
 
 def test_clock_writes_a_row_for_each_way_to_run(finished, tmp_path, monkeypatch):

@@ -66,7 +66,7 @@ class Config:
 # training sees and the gate that inference runs. Return floats for a scale and bools for a switch.
 
 def soft(p, threshold):
-    """The paper's gate in training, equation (4): a scale, which in practice reaches neither 0 nor 1."""
+    """The paper's gate in training, equation (4): a scale."""
     return 1 - p
 
 def binary(p, threshold):
@@ -120,8 +120,8 @@ class Attention(nn.Module):
         super().__init__()
         C = config.n_embd
         self.n_head = config.n_head
-        self.drop = Dropout(config.dropout)
-        self.query = nn.Linear(C, C, bias=False)            # apart, since a skipped token needs no query
+        self.drop = Dropout(config.dropout)                 # nn.Dropout, but quicker on a CPU: see the appendix
+        self.query = nn.Linear(C, C, bias=False)            # separate, because a skipped token needs no query
         self.key_value = nn.Linear(C, 2 * C, bias=False)
         self.proj = nn.Linear(C, C, bias=False)
         causal = torch.full((config.block_size, config.block_size), -torch.inf).triu(1)
@@ -142,7 +142,7 @@ class Attention(nn.Module):
         k, v = kv.view(B, -1, 2, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)     # (B, nh, S, hs)
         q = self.query(x).view(B, n, self.n_head, -1).transpose(1, 2)                      # (B, nh, n, hs)
         mask = None if at is None else self.causal[at, :k.size(2)].unsqueeze(1)            # (B, 1, n, S)
-        y = attend(q, k, v, self.causal, mask, self.drop)                                  # (B, nh, n, hs)
+        y = attend(q, k, v, self.causal, mask, self.drop)       # the appendix again         (B, nh, n, hs)
         return self.proj(y.transpose(1, 2).flatten(2))
 
 
@@ -187,14 +187,14 @@ class Block(nn.Module):
         B, T, C = x.shape
         n_open = gate.count_nonzero().item()
         if n_open == B * T:
-            return self(x, None if gate.dtype == torch.bool else gate, cache)
+            return self(x, None if gate.dtype == torch.bool else gate, cache)      # an open switch is the plain block
         source = self.ln1(x)
         if n_open == 0:
             if cache is not None:
                 self.attn.keys_values(source, cache)            # what later tokens will read
             return x
-        # Attention takes the same number of tokens, n, from every sequence: the open ones first, in order, and then
-        # closed ones where a sequence has fewer than the longest. That filling is dropped afterwards.
+        # Attention takes the same number of tokens, n, from every sequence: the open ones first, in order, then closed
+        # ones as filling where a sequence has fewer. Gates 0110 and 1000, say, give at = [[1, 2], [0, 1]].
         rows = gate.flatten().nonzero().squeeze(1)              # (N,): where in B * T the gates are open
         is_open = gate != 0
         if B == 1:
@@ -205,9 +205,9 @@ class Block(nn.Module):
             at = (position + T * ~is_open).argsort(1)[:, :n]                               # (B, n)
         sequence = torch.arange(B, device=x.device).unsqueeze(1)
         asks = source.flatten(0, 1)[at + T * sequence]                                     # (B, n, C)
-        # A single token is the newest, so it reads everything, wherever it stands.
+        # While decoding (T = 1) a token is the newest and reads all that is cached: no position is needed.
         update = self.attn(asks, source, at if T > 1 else None, cache)                     # (B, n, C)
-        update = update[is_open.gather(1, at)]                                             # (N, C)
+        update = update[is_open.gather(1, at)]                  # drops the filling          (N, C)
         flat = x.flatten(0, 1)                                                             # (B * T, C)
         scale = gate.flatten()[rows].to(x.dtype).unsqueeze(-1)                             # (N, 1)
         h = flat[rows] + scale * update                                                    # equation (1)
@@ -218,9 +218,9 @@ class Block(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------
 # The plain transformer and the paper's model
 
-def stack(gates, idx):
-    """A list of L gates, None where a block ran whole -> (L, B, T) float32, the form that everything else uses."""
-    whole = torch.ones(idx.shape, device=idx.device)
+def stack(gates, like):
+    """A list of L gates, None where a block ran whole -> (L, B, T) float32. like (B, T) gives the shape of None."""
+    whole = torch.ones(like.shape, device=like.device)
     return torch.stack([whole if gate is None else gate.float() for gate in gates])
 
 
@@ -250,8 +250,8 @@ class Transformer(nn.Module):
         """
         idx (B, T) -> logits (B, T, V) float32, and the list of L gates that ran.
 
-        gates (L, B, T) are replayed in place of the model's own, which are computed all the same, so that a replay
-        costs what a run costs. cache is a list of L KV: first empty, for T tokens, and from then on T = 1.
+        gates (L, B, T), bools for switches, are replayed in place of the model's own. Those are computed all the same,
+        so that a replay costs what a run costs. cache is a list of L KV: first empty, for T tokens, and then T = 1.
         """
         assert mode in MODES, mode
         x, gate, used = self.embed(idx, cache), None, []
@@ -290,14 +290,13 @@ class TSA(Transformer):
     """The paper's model (section 1): a router after every block but the last decides who takes the next block."""
 
     def __init__(self, config):
+        if config.gate not in GATES:
+            raise UserError(f"gate {config.gate!r} is unknown: choose one of {', '.join(GATES)}")
+        p = torch.full((1, 1), 0.4, requires_grad=torch.is_grad_enabled())
+        if p.requires_grad and not GATES[config.gate][0](p, config.threshold).requires_grad:
+            raise UserError(f"gate {config.gate!r} passes no gradient to p: train on a float that depends on it")
         super().__init__(config)
         self.routers = nn.ModuleList(Router(config) for _ in range(config.n_layer - 1))
-        if config.model == "tsa":
-            if config.gate not in GATES:
-                raise UserError(f"gate {config.gate!r} is unknown: choose one of {', '.join(GATES)}")
-            if GATES[config.gate][0](torch.ones(1), 0.5).dtype == torch.bool:
-                raise UserError(f"gate {config.gate!r} trains on a switch, through which no gradient passes: return a "
-                                f"float")
 
     def next_gate(self, l, x, gate, mode):
         training_sees, inference_runs = GATES[self.config.gate]
@@ -306,10 +305,13 @@ class TSA(Transformer):
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# The baseline and chapter two: in Exit and Halt, a token that has left stays out
+# The baseline, Exit, and our own model, Halt: here a token that has left stays out
 
 def ask(stays, x, gate):
-    """Ask the tokens that are still in (gate None: all) whether they stay, (..., C) -> (...) bool. Returns (B, T)."""
+    """
+    The next switch (B, T): `stays` maps h (..., C) to bools (...), and only tokens whose gate is open are asked. gate
+    None means that all are.
+    """
     if gate is None or gate.all():
         return stays(x)
     if not gate.any():
@@ -355,19 +357,25 @@ class Exit(Transformer):
         return sum(losses) / len(losses) / (targets >= 0).sum(), stack([None] * len(losses), idx)
 
 
-class Halt(TSA):
+class Halt(Transformer):
     """
     Ours: a token takes every block until its router says halt, and none after that. With p_l the probability of halting
-    after block l, a token reaches block l with probability survive_l = (1 - p_0) ... (1 - p_{l-1}). Training minimises
+    after block l (1 for the last), a token reaches block l with probability survive_l = (1 - p_0) ... (1 - p_{l-1}).
+    With CE_l the cross-entropy of reading h out after block l, training minimises
 
-        sum over l of w_l CE_l + lam * (mean of survive_l over l > 0)                 (5)
-        w_l = 0.4 survive_l p_l + 0.1 / (L - 1) for l > 0, + 0.5 for the last block   (6)
+        0.4 * sum over l of survive_l p_l CE_l      where a token halts, it should predict well
+      + 0.1 * mean of CE_l over l > 0               a block that few reach must still learn (worth .004)
+      + 0.5 * CE_{L-1}                              without this all routers close (1.685 at 79% saved)
+      + lam * mean of survive_l over l > 0          the price of depth                                   (5)
 
-    where CE_l is the cross-entropy of reading h out after block l, and p of the last block is 1. No gate scales
-    anything: routers learn where to stop, not how much to add. Without the last block's own share all routers close
-    (loss 1.685 at 79% saved); the share of every block is worth another .004. train.py raises lam from 0 over the first
-    half of training, since early on no block is worth its price (without: 1.599 at 51% saved).
+    No gate scales anything: routers learn where to stop, not how much to add. train.py raises lam from 0 over the first
+    half of training, since early on no block is worth its price (without that, 1.599 at 51% saved). The losses in
+    brackets are those of the report's common setting, where the plain model has 1.539 and this one 1.542 at 24%.
     """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.routers = nn.ModuleList(Router(config) for _ in range(config.n_layer - 1))
 
     def next_gate(self, l, x, gate, mode):
         return ask(lambda x: self.routers[l - 1](x) <= self.config.threshold, x, gate)
@@ -376,8 +384,8 @@ class Halt(TSA):
         """idx (B, T) -> for each block logits (B, T, V), survive (B, T) and p (B, T), as training sees them."""
         x, L = self.embed(idx, cache), self.config.n_layer
         # Every token goes to the top, so that training knows what each block gains. But keys and values are made from
-        # `left`, the h that inference will leave there: a token reads what it will read when the model is executed.
-        # (Without: 1.5402 as trained becomes 1.5763 as executed.)
+        # `left`, the h that inference will leave there: up to where it halts, a token reads what it will read when the
+        # model is executed. (Without that, 1.540 as trained becomes 1.576 as executed.)
         left, runs = x, torch.ones(idx.shape, dtype=torch.bool, device=idx.device)
         survive = torch.ones(idx.shape, device=idx.device)
         for l, block in enumerate(self.blocks):
@@ -397,7 +405,7 @@ class Halt(TSA):
         return logits, survives
 
     def loss(self, idx, targets):
-        """Equation (5) without lam, and survive (L, B, T) in place of gates."""
+        """Equation (5) without its last line, and survive (L, B, T) in place of gates."""
         L, total, survives = self.config.n_layer, 0, []
         for l, (logits, survive, p) in enumerate(self.levels(idx)):
             weight = 0.4 * survive * p + (0.1 / (L - 1) if l > 0 else 0) + (0.5 if l == L - 1 else 0)
@@ -486,7 +494,7 @@ def attend(q, k, v, causal, mask, drop):
     backward pass is slow there: a third of a step of the laptop preset.
     """
     n, hs = q.shape[-2:]
-    if drop.training and q.device.type == "cpu" and q.dtype == torch.bfloat16:
+    if drop.training and mask is None and q.device.type == "cpu" and q.dtype == torch.bfloat16:
         scores = q @ k.transpose(-2, -1) * hs ** -0.5 + causal[:n, :n].to(q.dtype)
         return drop(scores.softmax(-1)) @ v
     dropout_p = drop.p if drop.training else 0.0
