@@ -799,7 +799,7 @@ def test_interrupted_run_resumes_to_the_bit(text_file, tmp_path, monkeypatch, en
             patch.setattr(train, "save_checkpoint", kill_at_40)
             with pytest.raises(Killed):
                 run_train(*flags)
-    assert train.main(["--resume"]) == 0
+    assert train.main(["--resume", "--device", "cpu"]) == 0
     a, b = (torch.load(path / "ckpt.pt", weights_only=True) for path in (tmp_path / "a", Path("out/tsa-soft")))
     assert a["step"] == b["step"] == 50 and len(a["rows"]) == 4
     assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])

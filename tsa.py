@@ -307,18 +307,6 @@ class TSA(Transformer):
 # ----------------------------------------------------------------------------------------------------------------
 # The baseline, Exit, and our own model, Halt: here a token that has left stays out
 
-def ask(stays, x, gate):
-    """
-    The next switch (B, T): `stays` maps h (..., C) to bools (...), and only tokens whose gate is open are asked. gate
-    None means that all are.
-    """
-    if gate is None or gate.all():
-        return stays(x)
-    if not gate.any():
-        return gate
-    return gate.masked_scatter(gate, stays(x[gate]))
-
-
 class Exit(Transformer):
     """
     Early exit (Elbayad et al. 2020, arXiv 1910.10073). Training reads every token out after every block, with a
@@ -333,10 +321,14 @@ class Exit(Transformer):
     def next_gate(self, l, x, gate, mode):
         if mode == "trained" or l == 1:
             return None
+        if gate is None:
+            return self.is_unsure(l - 1, x)
+        # On enwik8 the head costs more than a block, so only tokens that are still in are asked.
+        return gate.masked_scatter(gate, self.is_unsure(l - 1, x[gate]))
 
-        def is_unsure(x):
-            return F.softmax(self.logits(self.norms[l - 1](x)), dim=-1).amax(-1) <= self.config.threshold
-        return ask(is_unsure, x, gate)
+    def is_unsure(self, l, x):
+        """h after block l (..., C) -> (...) bool"""
+        return F.softmax(self.logits(self.norms[l](x)), dim=-1).amax(-1) <= self.config.threshold
 
     def read_out(self, x, used):
         last = stack(used, x[..., 0]).sum(0).long() - 1                                    # (B, T): the last block run
@@ -378,7 +370,10 @@ class Halt(Transformer):
         self.routers = nn.ModuleList(Router(config) for _ in range(config.n_layer - 1))
 
     def next_gate(self, l, x, gate, mode):
-        return ask(lambda x: self.routers[l - 1](x) <= self.config.threshold, x, gate)
+        if gate is not None and not gate.any():
+            return gate         # all have halted: nothing more is asked
+        stays = self.routers[l - 1](x) <= self.config.threshold
+        return stays if gate is None else gate & stays
 
     def levels(self, idx, cache=None):
         """idx (B, T) -> for each block logits (B, T, V), survive (B, T) and p (B, T), as training sees them."""

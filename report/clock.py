@@ -118,7 +118,7 @@ def body(argv):
     device = pick_device(args.device)
     keep_freed_memory()
     torch.manual_seed(0)
-    model, text = build(Config(gate="skip", block_size=256)), None
+    model, text = build(Config(block_size=256)), None
     if args.ckpt:
         model, saved = load_model(args.ckpt, device, threshold=args.threshold)
         text = load_corpus(saved, args.ckpt).windows("val", model.config.block_size)[0].flatten().to(device)

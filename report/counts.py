@@ -21,7 +21,9 @@ def macs_per_token(config, ran, decode=False):
     for share in ran:
         keys = T if decode or share == 1 else 2 * T         # of scores and values together
         macs += 2 * C * C + share * (10 * C * C + keys * C)
-    routers = {"tsa": len(ran) - 1, "halt": sum(ran[:-1])}.get(config.model, 0)     # halt asks those that are still in
+    routers = len(ran) - 1 if config.model in ("tsa", "halt") else 0
+    if config.model == "halt" and decode:
+        routers = sum(ran[:-1])         # a token that has halted is asked no more
     heads = 1 + sum(ran[1:-1]) if config.model == "exit" else 1
     return macs + routers * (C + 1) * max(C // 4, 16) + heads * C * config.vocab_size
 
@@ -35,11 +37,9 @@ def macs_saved(config, ran, decode=False):
 def macs_of_old_row(config, tlops_saved):
     """
     macs_per_token at most, for a csv row without `ran`: its sum, L (1 - tlops_saved), is shared evenly among the blocks
-    1 ... L-1. How often halt's routers were asked depends on more than the sum, so all count for all tokens. (For early
-    exit a head may be missing, but block 1, which runs whole, counts as gathered. That is more if T > V.)
+    1 ... L-1. (For early exit a head may be missing, but block 1, which runs whole, counts as gathered. That is more if
+    T > V.)
     """
     L = config.n_layer
     share = (L * (1 - tlops_saved) - 1) / max(L - 1, 1)
-    if config.model == "halt":
-        config = replace(config, model="tsa")
     return macs_per_token(config, [1.0] + [share] * (L - 1))

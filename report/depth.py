@@ -11,6 +11,7 @@ counts as 1 where the block ran. Depth is the sum of a token's gates.
 """
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -174,7 +175,8 @@ def body(argv):
                 draw_histogram(figure, gates)
                 save_figure(figure, args.histogram)
         else:
-            row |= {"tlops_saved": tlops_saved(by_block), "macs_saved": macs_saved(config, by_block)}
+            window = replace(config, block_size=windows[0].size(1))         # tasks are shorter than the context
+            row |= {"tlops_saved": tlops_saved(by_block), "macs_saved": macs_saved(window, by_block)}
         if config.model == "tsa" or config.model != "dense" and mode == "gathered":        # who has gates to replay
             row["loss, gates permuted"] = permuted_loss(model, windows, mode, gates)
         if corpus.is_task:
