@@ -391,6 +391,7 @@ class Halt(Transformer):
             survive, runs = survive * (1 - p), runs & (p <= self.config.threshold)
 
     def forward(self, idx, mode="trained", gates=None, cache=None):
+        """As trained, the last block's logits and, since no gate is applied, L times survive (B, T)."""
         if mode != "trained":
             return super().forward(idx, mode, gates, cache)
         assert gates is None, "halting applies no gates in training, so none can be replayed"
@@ -462,7 +463,7 @@ def tlops_saved(ran):
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Appendix: what makes it fast on a CPU. Nothing above needs these to be right; each says what it buys.
+# Appendix: what makes it fast on a CPU. Torch's own would make the same model, but slower; each says what it buys.
 
 class Dropout(nn.Module):
     """
