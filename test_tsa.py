@@ -176,14 +176,19 @@ def test_dropout_sits_at_the_papers_four_places(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 0.03)])
-def test_attention_in_training_is_that_of_inference(dtype, tolerance):
-    """On a CPU bfloat16 attention is written out for training: one function all the same, with dropout in both."""
+def test_attention_in_training_is_that_of_inference(dtype, tolerance, monkeypatch):
+    """On a CPU attention may be written out for training: one function all the same, and dropout is in both ways."""
     q, k, v = torch.randn(3, 2, 2, 9, 8).to(dtype)
     causal = torch.full((9, 9), -torch.inf).triu(1)
     trained, inferred = (tsa.attend(q, k, v, causal, None, tsa.Dropout(0.0).train(mode)) for mode in (True, False))
     torch.testing.assert_close(trained, inferred, rtol=tolerance, atol=tolerance)
     dropped = tsa.attend(q, k, v, causal, None, tsa.Dropout(0.5).train())
     assert not torch.allclose(dropped, inferred, atol=0.1)
+    fused = []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, is_causal: fused.append((*args[3:], is_causal)))
+    for mode in (True, False):
+        tsa.attend(*(x.to("meta") for x in (q, k, v)), causal, None, tsa.Dropout(0.5).train(mode))
+    assert fused == [(None, 0.5, True), (None, 0.0, True)]      # mask, dropout, causal: on a GPU it is the kernel's
 
 
 def test_router_is_the_papers_gate_mlp():
