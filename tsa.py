@@ -467,8 +467,8 @@ def tlops_saved(ran):
 
 class Dropout(nn.Module):
     """
-    Read it as nn.Dropout. On a CPU it draws 64 random bits for four elements, which saves three tenths of a step of the
-    paper preset (0.86 s in place of 1.25 s).
+    Read it as nn.Dropout. On a CPU it draws 64 random bits for four elements, which saves a third of a step of the paper
+    preset (1.13 s in place of 1.71 s).
     """
 
     def __init__(self, p):
@@ -480,7 +480,8 @@ class Dropout(nn.Module):
             return F.dropout(x, self.p, self.training)
         draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None)
         bits = draws.view(torch.int16)[:x.numel()].view_as(x)       # each value from -2^15 on is equally likely
-        return x * (bits >= round(self.p * 2**16) - 2**15) / (1 - self.p)
+        keep = (bits >= round(self.p * 2**16) - 2**15).view(torch.uint8)        # torch multiplies slowly by bools
+        return x * keep / (1 - self.p)
 
 
 def attend(q, k, v, causal, mask, drop):
