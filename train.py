@@ -1,8 +1,8 @@
 """
 Train one model and score it: python train.py
 
-Reads top to bottom: flags, checkpoints, evaluation, and then `train`, which is one flat run. Each step is a function
-of (seed, step) alone, so a resumed run equals an undisturbed one, and evaluation cannot change what is learned.
+Reads top to bottom: flags, checkpoints, evaluation, and then `train`, which is one flat run. All randomness of a step
+follows from (seed, step), so a resumed run equals an undisturbed one, and evaluation cannot change what is learned.
 """
 import argparse
 import csv
@@ -14,16 +14,16 @@ import signal
 import statistics
 import sys
 import time
+import timeit
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.benchmark import Timer
 
 import data
-from tsa import (Config, GATES, MODELS, UserError, build, cross_entropy, default_mode, generate, keep_freed_memory,
-                 stack, tlops_saved)
+from tsa import (Config, GATES, MODELS, UserError, build, cross_entropy, generate, keep_freed_memory, stack,
+                 tlops_saved)
 
 PRESETS = {
     "laptop": {},       # the defaults of the flags
@@ -37,7 +37,7 @@ OWN_FLAGS = {           # the flags that only some models have, with their defau
     "exit": dict(threshold=0.9),
     "halt": dict(lam=0.01, gate_bias=-1.0, threshold=0.5),
 }
-CONTROLS = ("out_dir", "table", "resume", "fresh")      # flags that say what to do, not what the run is
+CONTROLS = ("out_dir", "table", "resume", "fresh", "compile")      # flags that say what to do, not what the run is
 MAY_DIFFER = ("device", "eval_interval")                # on --resume; any other difference makes another run
 LOG_INTERVAL = 20
 EVAL_WINDOWS = 64       # scored while training, always the same; the end scores the whole validation split
@@ -69,37 +69,41 @@ def number(kind, low, high):
 
 def make_parser():
     size = number(int, 1, 1_000_000)
-    parser = Parser(prog="train.py", description="Train a Token-Selective Attention model, or one to compare it with.",
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(prog="train.py", description="Train a Token-Selective Attention model, or one to compare it with. "
+                                                 "In brackets: what is taken where a flag is not given.")
     group = parser.add_argument_group("model")
     group.add_argument("--model", choices=MODELS, default="tsa",
-                       help="dense: plain; tsa: the paper's; exit: early exit; halt: learned halting")
-    group.add_argument("--gate", choices=GATES, help="tsa: the gate design (soft if not given)")
-    group.add_argument("--lam", type=number(float, 0, 1000), help="tsa, halt: price of depth (0.001 or 0.01)")
+                       help="dense: plain; tsa: the paper's; exit: early exit; halt: learned halting (%(default)s)")
+    group.add_argument("--gate", choices=GATES, help="tsa: the gate design (soft)")
+    group.add_argument("--lam", type=number(float, 0, 1000), help="price of depth (tsa: 0.001, halt: 0.01)")
     group.add_argument("--gate_bias", type=number(float, -50, 50), help="tsa, halt: initial bias of the routers (-1)")
     group.add_argument("--threshold", type=number(float, 0, 1),
                        help="tsa, halt: skip above this probability (0.5); exit: leave above this confidence (0.9)")
-    group.add_argument("--n_layer", type=size, default=6, help="blocks")
-    group.add_argument("--n_head", type=size, default=4, help="attention heads")
-    group.add_argument("--n_embd", type=size, default=128, help="channels")
-    group.add_argument("--block_size", type=size, default=64, help="context in tokens")
-    group.add_argument("--dropout", type=number(float, 0, 0.99), default=0.0, help="share of activations dropped")
+    group.add_argument("--n_layer", type=size, default=6, help="blocks (%(default)s)")
+    group.add_argument("--n_head", type=size, default=4, help="attention heads (%(default)s)")
+    group.add_argument("--n_embd", type=size, default=128, help="channels (%(default)s)")
+    group.add_argument("--block_size", type=size, default=64, help="context in tokens (%(default)s)")
+    group.add_argument("--dropout", type=number(float, 0, 0.99), default=0.0,
+                       help="share of activations dropped (%(default)s)")
     group = parser.add_argument_group("training")
     group.add_argument("--preset", choices=PRESETS,
-                       help="laptop: these defaults; paper: the paper's setting (taken by itself on a GPU)")
+                       help="laptop: the values in brackets; paper: the paper's setting (laptop; on a GPU paper)")
     group.add_argument("--data", help="shakespeare, enwik8, stdlib, copy, sort, chain, or a text file (shakespeare, or "
                                       "stdlib where it cannot be downloaded)")
-    group.add_argument("--batch_size", type=size, default=32, help="windows in a step")
-    group.add_argument("--max_iters", type=size, default=1100, help="steps")
-    group.add_argument("--learning_rate", type=number(float, 0, 10), default=3e-3, help="a cosine takes it to a tenth")
-    group.add_argument("--warmup_iters", type=number(int, 0, 1_000_000), default=100, help="steps of linear warm-up")
-    group.add_argument("--seed", type=number(int, 0, 2**31), default=0, help="of everything random")
+    group.add_argument("--batch_size", type=size, default=32, help="windows in a step (%(default)s)")
+    group.add_argument("--max_iters", type=size, default=1100, help="steps (%(default)s)")
+    group.add_argument("--learning_rate", type=number(float, 0, 10), default=3e-3,
+                       help="a cosine takes it to a tenth (%(default)s)")
+    group.add_argument("--warmup_iters", type=number(int, 0, 1_000_000), default=100,
+                       help="steps of linear warm-up (%(default)s)")
+    group.add_argument("--seed", type=number(int, 0, 2**31), default=0, help="of everything random (%(default)s)")
     group = parser.add_argument_group("running")
     group.add_argument("--device", help="cpu, cuda, cuda:1, mps ... (the best that works)")
     group.add_argument("--dtype", choices=("float32", "bfloat16"),
                        help="of the blocks in training (bfloat16 where that multiplies faster)")
     group.add_argument("--compile", action="store_true", help="torch.compile the loss")
-    group.add_argument("--eval_interval", type=size, default=100, help="steps between evaluations and saves")
+    group.add_argument("--eval_interval", type=size, default=100,
+                       help="steps between evaluations and saves (%(default)s)")
     group.add_argument("--out_dir", help="folder of the run (out/MODEL-GATE)")
     group.add_argument("--table", metavar="DIR", help="print the finished runs below DIR instead; write results.csv")
     group = group.add_mutually_exclusive_group()
@@ -136,7 +140,7 @@ def resumed_flags(parser, argv, saved, device, out_dir):
     """The flags of the run that goes on; UserError where the user now asks for another run."""
     flags = parse_flags(parser, argv, **saved)
     for flag, value in flags.items():
-        if flag not in MAY_DIFFER and value != saved[flag]:
+        if flag not in MAY_DIFFER and value != saved.get(flag, value):
             raise UserError(f"--{flag} {value} contradicts the run in {out_dir} ({saved[flag]}): leave it out, or take "
                             f"another --out_dir")
     return flags | {"device": device}
@@ -167,9 +171,8 @@ def multiplies_faster_in_bfloat16(device):
         return device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
     seconds = []
     for dtype in (torch.float32, torch.bfloat16):
-        matrices = {"a": torch.ones(1024, 256, dtype=dtype), "b": torch.ones(256, 1024, dtype=dtype)}
-        timer = Timer("a @ b", globals=matrices, num_threads=torch.get_num_threads())
-        seconds.append(min(timer.timeit(1).mean for _ in range(8)))     # the quickest: others may use the machine too
+        a, b = torch.ones(1024, 256, dtype=dtype), torch.ones(256, 1024, dtype=dtype)
+        seconds.append(min(timeit.repeat(lambda: a @ b, number=1, repeat=8)))   # others may use the machine too
     return 1.5 * seconds[1] < seconds[0]
 
 
@@ -257,11 +260,11 @@ def evaluate(model, windows, mode, batch_size=64):
     for x, y in zip(idx.split(batch_size), targets.split(batch_size)):
         logits, used = model(x, mode)
         gates = stack(used, x)                                                             # (L, B, T)
-        loss += cross_entropy(logits, y).sum(dtype=torch.float64)
-        gate_sum += gates.sum((1, 2), dtype=torch.float64)
-        ran += (gates > 0).sum((1, 2))
+        loss += cross_entropy(logits, y).sum().item()
+        gate_sum += gates.sum((1, 2)).cpu().double()        # mps has no float64
+        ran += (gates > 0).sum((1, 2)).cpu()
     model.train(was_training)
-    return {"loss": (loss / (targets >= 0).sum()).item(), "alpha_by_block": (gate_sum[1:] / idx.numel()).tolist(),
+    return {"loss": loss / (targets >= 0).sum().item(), "alpha_by_block": (gate_sum[1:] / idx.numel()).tolist(),
             "ran": (ran / idx.numel()).tolist()}
 
 
@@ -336,7 +339,7 @@ def make_optimizer(model, learning_rate):
 
 
 def schedule(step, warmup_iters, max_iters):
-    """Share of the learning rate at `step`: a linear warm-up times a cosine from 1 at the first step to 0.1 at last."""
+    """Share of the learning rate at `step`: a linear warm-up times a cosine from 1 at the first to 0.1 at the last."""
     progress = (step - 1) / max(max_iters - 1, 1)
     return min(step / max(warmup_iters, 1), 1) * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
 
@@ -361,13 +364,13 @@ def train(parser, argv):
     name = f"tsa-{given.gate or 'soft'}" if given.model == "tsa" else given.model
     out_dir = Path(given.out_dir or f"out/{name}")
     ckpt_path, log_path, result_path = out_dir / "ckpt.pt", out_dir / "log.csv", out_dir / "result.json"
-    if ckpt_path.exists() and not given.resume and not given.fresh:
-        raise UserError(f"{out_dir} holds a run: --resume goes on with it, --fresh starts over, or take another "
-                        f"--out_dir")
+    resumes = given.resume and ckpt_path.exists()
+    if (ckpt_path.exists() or result_path.exists()) and not resumes and not given.fresh:
+        raise UserError(f"{out_dir} holds a run: --resume goes on from its checkpoint, --fresh starts over, or take "
+                        f"another --out_dir")
 
     # Flags, data, model, optimizer: new, or as the checkpoint has them
     device = pick_device(given.device)
-    resumes = given.resume and ckpt_path.exists()
     if resumes:
         model, saved = load_checkpoint(ckpt_path, device)
         flags = resumed_flags(parser, argv, saved["flags"], device, out_dir)
@@ -378,12 +381,12 @@ def train(parser, argv):
     else:
         corpus = data.load(given.data)
         flags = new_flags(parser, argv, corpus.name, device)
+        corpus.check(flags["block_size"])
         fields = {field: flags[field] for field in Config.__dataclass_fields__ if field != "vocab_size"}
         seed_step(flags["seed"], 0)
         model = build(Config(vocab_size=len(corpus.vocab), **fields)).to(device)
         saved = {"step": 0, "seconds": 0.0, "rows": []}
     config, step, rows, max_iters = model.config, saved["step"], saved.get("rows", []), flags["max_iters"]
-    corpus.check(config.block_size)
     digest = corpus.digest()
     corpus.to(device)
     optimizer = make_optimizer(model, flags["learning_rate"])
@@ -415,7 +418,7 @@ def train(parser, argv):
         save()
     model.train()
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=flags["dtype"] == "bfloat16")
-    loss_of = torch.compile(model.loss) if flags["compile"] else model.loss
+    loss_of = torch.compile(model.loss) if given.compile else model.loss
     stop, first_step, lap, lap_step = stop_on_signal(), step, time.perf_counter(), step
     while step < max_iters and not stop:
         step += 1
@@ -438,9 +441,9 @@ def train(parser, argv):
         evaluates = step % flags["eval_interval"] == 0 or step == max_iters
         if not evaluates and step % LOG_INTERVAL:
             continue
+        row = {"step": step, "loss": loss.item(), "task_loss": task.item()}     # a GPU is waited for here
         now = time.perf_counter()
-        row = {"step": step, "loss": loss.item(), "task_loss": task.item(),
-               "tokens_per_s": round((step - lap_step) * idx.numel() / max(now - lap, 1e-9))}
+        row["tokens_per_s"] = round((step - lap_step) * idx.numel() / max(now - lap, 1e-9))
         line = f"step {step}/{max_iters}  loss {row['loss']:.4f}"
         if flags["lam"] is not None:
             by_block = gates.detach()[1:].mean((1, 2)).tolist()
@@ -458,12 +461,12 @@ def train(parser, argv):
         if evaluates or not finite:
             save()
         lap, lap_step = time.perf_counter(), step
-    if stop:
-        save()
-        print(f"stopped at step {step} of {max_iters} and saved: the same command with --resume goes on")
-        return 128 + stop[0]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if stop:
+        save()
+        print(f"stopped at step {step} of {max_iters} and saved: --resume goes on")
+        return 128 + stop[0]
 
     result = score_run(model, corpus, flags) | {
         "tokens_per_s": statistics.median(row["tokens_per_s"] for row in rows[1:]),
@@ -473,7 +476,7 @@ def train(parser, argv):
           "executed, saving {tlops_saved_executed:.1%} of token-layer operations; {seconds:.0f} s".format(**result))
     print(f"\nA sample (python sample.py --ckpt {ckpt_path} for more):\n{corpus.prompt}", end="")
     idx = torch.tensor([data.encode(corpus.prompt, corpus.vocab)], device=device)
-    for idx_next, _ in generate(model, idx, min(corpus.new_tokens, 200), top_k=20, mode=default_mode(config)):
+    for idx_next, _ in generate(model, idx, min(corpus.new_tokens, 200), top_k=20):
         print(corpus.vocab[idx_next.item()], end="", flush=True)
     print()
     return 0
@@ -482,7 +485,8 @@ def train(parser, argv):
 def run_program(name, body, argv=None):
     """body(argv) -> exit status. A user's mistake becomes one line on stderr and status 2."""
     if hasattr(sys.stdout, "reconfigure"):      # a notebook's has not
-        sys.stdout.reconfigure(errors="replace")        # a terminal may lack a character; that must not end a run
+        # A terminal may lack a character, which must not end a run; and a pipe shall show each line at once.
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         return body(argv)
     except BrokenPipeError:     # | head has seen enough; what is left to flush must not complain either

@@ -57,8 +57,9 @@ class Config:
             raise UserError(f"model {self.model!r} is unknown: choose one of {', '.join(MODELS)}")
         if self.n_embd % self.n_head:
             raise UserError(f"n_head {self.n_head} does not divide n_embd {self.n_embd}: choose another n_head")
-        if self.model != "dense" and self.n_layer < 2:
-            raise UserError(f"{self.model} needs n_layer of 2 or more: block 0 always runs, so there is none to skip")
+        least = {"dense": 1, "exit": 3}.get(self.model, 2)
+        if self.n_layer < least:
+            raise UserError(f"{self.model} needs n_layer of {least} or more: with fewer there is no block to skip")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -184,18 +185,17 @@ class Block(nn.Module):
     def gathered(self, x, gate, cache=None):
         """The same numbers, but computed only for the tokens whose gate is open: (B, T, C), (B, T) -> (B, T, C)."""
         assert not self.training, "dropout is not drawn for each open token: gather in evaluation only"
-        B, T, C = x.shape
-        n_open = gate.count_nonzero().item()
-        if n_open == B * T:
+        B, T = gate.shape
+        rows = gate.flatten().nonzero().squeeze(1)              # (N,): where in B * T the gates are open
+        if len(rows) == B * T:
             return self(x, None if gate.dtype == torch.bool else gate, cache)      # an open switch is the plain block
         source = self.ln1(x)
-        if n_open == 0:
+        if len(rows) == 0:
             if cache is not None:
                 self.attn.keys_values(source, cache)            # what later tokens will read
             return x
         # Attention takes the same number of tokens, n, from every sequence: the open ones first, in order, then closed
         # ones as filling where a sequence has fewer. Gates 0110 and 1000, say, give at = [[1, 2], [0, 1]].
-        rows = gate.flatten().nonzero().squeeze(1)              # (N,): where in B * T the gates are open
         is_open = gate != 0
         if B == 1:
             at = rows.unsqueeze(0)                                                         # (1, N), nothing to fill
@@ -203,8 +203,7 @@ class Block(nn.Module):
             n = int(is_open.sum(1).max())
             position = torch.arange(T, device=x.device)
             at = (position + T * ~is_open).argsort(1)[:, :n]                               # (B, n)
-        sequence = torch.arange(B, device=x.device).unsqueeze(1)
-        asks = source.flatten(0, 1)[at + T * sequence]                                     # (B, n, C)
+        asks = source[torch.arange(B, device=x.device).unsqueeze(1), at]                   # (B, n, C)
         # While decoding (T = 1) a token is the newest and reads all that is cached: no position is needed.
         update = self.attn(asks, source, at if T > 1 else None, cache)                     # (B, n, C)
         update = update[is_open.gather(1, at)]                  # drops the filling          (N, C)
@@ -242,7 +241,7 @@ class Transformer(nn.Module):
         self.norms = nn.ModuleList([nn.LayerNorm(config.n_embd)])       # before the head; Exit has one per block
         for embedding in (self.wte, self.wpe):
             nn.init.normal_(embedding.weight, std=0.02)
-        for block in self.blocks:       # 2L updates add up in h: each starts with 1 / 2L of the variance
+        for block in self.blocks:       # 2L updates add up in h: each starts with 1 / (2L) of the variance
             for linear in (block.attn.proj, block.ffn.proj):
                 nn.init.normal_(linear.weight, std=0.02 / (2 * config.n_layer) ** 0.5)
 
@@ -250,8 +249,8 @@ class Transformer(nn.Module):
         """
         idx (B, T) -> logits (B, T, V) float32, and the list of L gates that ran.
 
-        gates (L, B, T), bools for switches, are replayed in place of the model's own. Those are computed all the same,
-        so that a replay costs what a run costs. cache is a list of L KV: first empty, for T tokens, and then T = 1.
+        gates (L, B, T), bools for switches, are replayed in place of the model's own, which are still computed, so that
+        a replay costs what a run costs. cache is a list of L KV: first empty, for T tokens, and then T = 1.
         """
         assert mode in MODES, mode
         x, gate, used = self.embed(idx, cache), None, []
@@ -356,13 +355,14 @@ class Halt(Transformer):
     With CE_l the cross-entropy of reading h out after block l, training minimises
 
         0.4 * sum over l of survive_l p_l CE_l      where a token halts, it should predict well
-      + 0.1 * mean of CE_l over l > 0               a block that few reach must still learn (worth .004)
-      + 0.5 * CE_{L-1}                              without this all routers close (1.685 at 79% saved)
+      + 0.1 * mean of CE_l over l > 0               a block that few reach must still learn
+      + 0.5 * CE_{L-1}                              without this share all routers close
       + lam * mean of survive_l over l > 0          the price of depth                                   (5)
 
     No gate scales anything: routers learn where to stop, not how much to add. train.py raises lam from 0 over the first
-    half of training, since early on no block is worth its price (without that, 1.599 at 51% saved). The losses in
-    brackets are those of the report's common setting, where the plain model has 1.539 and this one 1.542 at 24%.
+    half of training, since early on no block is worth its price. In the report's common setting, where the plain model
+    has a loss of 1.539, this one has 1.542 with 24% saved; without the rise of lam 1.599 with 51%, and without the last
+    block's share 1.685 with 79%. The share of the mean over blocks is worth .004.
     """
 
     def __init__(self, config):
@@ -391,7 +391,7 @@ class Halt(Transformer):
             survive, runs = survive * (1 - p), runs & (p <= self.config.threshold)
 
     def forward(self, idx, mode="trained", gates=None, cache=None):
-        """As trained, the last block's logits and, since no gate is applied, L times survive (B, T)."""
+        """As trained, no gate is applied: the last block's logits and, in place of gates, survive (B, T) by block."""
         if mode != "trained":
             return super().forward(idx, mode, gates, cache)
         assert gates is None, "halting applies no gates in training, so none can be replayed"
@@ -404,7 +404,7 @@ class Halt(Transformer):
         """Equation (5) without its last line, and survive (L, B, T) in place of gates."""
         L, total, survives = self.config.n_layer, 0, []
         for l, (logits, survive, p) in enumerate(self.levels(idx)):
-            weight = 0.4 * survive * p + (0.1 / (L - 1) if l > 0 else 0) + (0.5 if l == L - 1 else 0)
+            weight = 0.4 * survive * p + 0.1 / (L - 1) * (l > 0) + 0.5 * (l == L - 1)
             total = total + (weight * cross_entropy(logits, targets)).sum()
             survives.append(survive)
         return total / (targets >= 0).sum(), torch.stack(survives)
@@ -426,15 +426,16 @@ def default_mode(config):
 
 
 @torch.inference_mode()
-def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, mode="gathered", use_cache=True):
+def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, mode=None, use_cache=True):
     """
     Continue idx (B, T). For each new token, yields idx_next (B, 1) and the gates (L, B) of the token that predicted it.
-    Temperature 0 takes the likeliest token. When the context is full, the last block_size // 2 tokens are kept and read
-    again from position 0. With the cache a step computes one token per sequence, without it the whole context: the text
-    is the same.
+    Temperature 0 takes the likeliest token. Once the text is longer than the context, its last block_size // 2 tokens
+    are read again from position 0. With the cache a step computes one token per sequence, without it the whole context:
+    the text is the same.
     """
     model.eval()
     block_size, cache = model.config.block_size, None
+    mode = mode or default_mode(model.config)
     for _ in range(max_new_tokens):
         if idx.size(1) > block_size:
             idx, cache = idx[:, -max(block_size // 2, 1):], None
@@ -463,12 +464,12 @@ def tlops_saved(ran):
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Appendix: what makes it fast on a CPU. Torch's own would make the same model, but slower; each says what it buys.
+# Appendix: what makes it fast on a CPU. PyTorch's own functions make the same model, but slower.
 
 class Dropout(nn.Module):
     """
-    Read it as nn.Dropout. On a CPU it draws 64 random bits for four elements, which saves a third of a step of the paper
-    preset (1.13 s in place of 1.71 s).
+    Read it as nn.Dropout. On a CPU it draws 64 random bits for four elements, which saves a third of a step of the
+    paper preset (1.13 s in place of 1.71 s).
     """
 
     def __init__(self, p):
@@ -501,8 +502,8 @@ def attend(q, k, v, causal, mask, drop):
 
 def keep_freed_memory():
     """
-    glibc gives every buffer over 32 MB back to the system, and gets it again, page by page, for the next layer. Telling
-    it to keep them (mallopt(3): M_MMAP_MAX is -4, M_TRIM_THRESHOLD is -1) saves a quarter of a step of the paper preset.
+    glibc returns large buffers to the system and fetches them again, page by page, for the next layer. Telling it to
+    keep them (mallopt(3): M_MMAP_MAX is -4, M_TRIM_THRESHOLD is -1) saves a quarter of a step of the paper preset.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-4, 0)
