@@ -675,7 +675,7 @@ def test_run_equals_a_loop_written_out(text_file, tmp_path):
 
 
 def flags_of(*argv, device="cpu", corpus="shakespeare"):
-    return train.new_flags(train.make_parser(), ["--dtype", "float32", *argv], corpus, device)
+    return train.new_flags(vars(train.make_parser().parse_args(["--dtype", "float32", *argv])), corpus, device)
 
 
 def test_paper_preset_is_the_papers():

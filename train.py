@@ -26,11 +26,12 @@ from tsa import (Config, GATES, MODELS, UserError, build, cross_entropy, generat
                  tlops_saved)
 
 PRESETS = {
-    "laptop": {},       # the defaults of the flags
+    "laptop": dict(n_head=4, n_embd=128, block_size=64, batch_size=32, max_iters=1100, learning_rate=3e-3,
+                   warmup_iters=100, dropout=0.0, eval_interval=100),
     "paper": dict(n_head=8, n_embd=256, block_size=128, batch_size=64, max_iters=5000, learning_rate=3e-4,
                   warmup_iters=0, dropout=0.1, eval_interval=250),                         # section 2
 }
-TASK_PRESET = dict(block_size=64, batch_size=256, max_iters=390, eval_interval=39)         # on top of either, for tasks
+TASK_PRESET = dict(n_head=4, n_embd=128, block_size=64, batch_size=256, max_iters=390, eval_interval=39)
 OWN_FLAGS = {           # the flags that only some models have, with their defaults
     "dense": {},
     "tsa": dict(gate="soft", lam=0.001, gate_bias=-1.0, threshold=0.5),
@@ -68,42 +69,43 @@ def number(kind, low, high):
 
 
 def make_parser():
-    size = number(int, 1, 1_000_000)
+    """Flags that are not given stay out of what it parses."""
+    size, laptop = number(int, 1, 1_000_000), PRESETS["laptop"]
     parser = Parser(prog="train.py", description="Train a Token-Selective Attention model, or one to compare it with. "
-                                                 "In brackets: what is taken where a flag is not given.")
+                    "In brackets: what is taken where a flag is not given.", argument_default=argparse.SUPPRESS)
     group = parser.add_argument_group("model")
-    group.add_argument("--model", choices=MODELS, default="tsa",
-                       help="dense: plain; tsa: the paper's; exit: early exit; halt: learned halting (%(default)s)")
+    group.add_argument("--model", choices=MODELS,
+                       help="dense: plain; tsa: the paper's; exit: early exit; halt: learned halting (tsa)")
     group.add_argument("--gate", choices=GATES, help="tsa: the gate design (soft)")
     group.add_argument("--lam", type=number(float, 0, 1000), help="price of depth (tsa: 0.001, halt: 0.01)")
     group.add_argument("--gate_bias", type=number(float, -50, 50), help="tsa, halt: initial bias of the routers (-1)")
     group.add_argument("--threshold", type=number(float, 0, 1),
                        help="tsa, halt: skip above this probability (0.5); exit: leave above this confidence (0.9)")
-    group.add_argument("--n_layer", type=size, default=6, help="blocks (%(default)s)")
-    group.add_argument("--n_head", type=size, default=4, help="attention heads (%(default)s)")
-    group.add_argument("--n_embd", type=size, default=128, help="channels (%(default)s)")
-    group.add_argument("--block_size", type=size, default=64, help="context in tokens (%(default)s)")
-    group.add_argument("--dropout", type=number(float, 0, 0.99), default=0.0,
-                       help="share of activations dropped (%(default)s)")
+    group.add_argument("--n_layer", type=size, help="blocks (6)")
+    group.add_argument("--n_head", type=size, help=f"attention heads ({laptop['n_head']})")
+    group.add_argument("--n_embd", type=size, help=f"channels ({laptop['n_embd']})")
+    group.add_argument("--block_size", type=size, help=f"context in tokens ({laptop['block_size']})")
+    group.add_argument("--dropout", type=number(float, 0, 0.99),
+                       help=f"share of activations dropped ({laptop['dropout']})")
     group = parser.add_argument_group("training")
     group.add_argument("--preset", choices=PRESETS,
                        help="laptop: the values in brackets; paper: the paper's setting (laptop; on a GPU paper)")
     group.add_argument("--data", help="shakespeare, enwik8, stdlib, copy, sort, chain, or a text file (shakespeare, or "
                                       "stdlib where it cannot be downloaded)")
-    group.add_argument("--batch_size", type=size, default=32, help="windows in a step (%(default)s)")
-    group.add_argument("--max_iters", type=size, default=1100, help="steps (%(default)s)")
-    group.add_argument("--learning_rate", type=number(float, 0, 10), default=3e-3,
-                       help="a cosine takes it to a tenth (%(default)s)")
-    group.add_argument("--warmup_iters", type=number(int, 0, 1_000_000), default=100,
-                       help="steps of linear warm-up (%(default)s)")
-    group.add_argument("--seed", type=number(int, 0, 2**31), default=0, help="of everything random (%(default)s)")
+    group.add_argument("--batch_size", type=size, help=f"windows in a step ({laptop['batch_size']})")
+    group.add_argument("--max_iters", type=size, help=f"steps ({laptop['max_iters']})")
+    group.add_argument("--learning_rate", type=number(float, 0, 10),
+                       help=f"a cosine takes it to a tenth ({laptop['learning_rate']})")
+    group.add_argument("--warmup_iters", type=number(int, 0, 1_000_000),
+                       help=f"steps of linear warm-up ({laptop['warmup_iters']})")
+    group.add_argument("--seed", type=number(int, 0, 2**31), help="of everything random (0)")
     group = parser.add_argument_group("running")
     group.add_argument("--device", help="cpu, cuda, cuda:1, mps ... (the best that works)")
     group.add_argument("--dtype", choices=("float32", "bfloat16"),
                        help="of the blocks in training (bfloat16 where that multiplies faster)")
     group.add_argument("--compile", action="store_true", help="torch.compile the loss")
-    group.add_argument("--eval_interval", type=size, default=100,
-                       help="steps between evaluations and saves (%(default)s)")
+    group.add_argument("--eval_interval", type=size,
+                       help=f"steps between evaluations and saves ({laptop['eval_interval']})")
     group.add_argument("--out_dir", help="folder of the run (out/MODEL-GATE)")
     group.add_argument("--table", metavar="DIR", help="print the finished runs below DIR instead; write results.csv")
     group = group.add_mutually_exclusive_group()
@@ -112,38 +114,34 @@ def make_parser():
     return parser
 
 
-def parse_flags(parser, argv, **defaults):
-    """What makes the run: the flags that were given, else `defaults`, else those of the parser."""
-    parser.set_defaults(**defaults)
-    return {flag: value for flag, value in vars(parser.parse_args(argv)).items() if flag not in CONTROLS}
-
-
-def new_flags(parser, argv, data_name, device):
-    """The flags of a new run."""
-    given = parser.parse_args(argv)
-    preset = given.preset or ("paper" if device.startswith("cuda") else "laptop")
-    defaults = PRESETS[preset] | {"preset": preset}
-    own = dict(OWN_FLAGS[given.model])
+def new_flags(given, data_name, device):
+    """The flags of a new run: those given, else as the task, the preset and the model want them."""
+    model = given.get("model", "tsa")
+    preset = given.get("preset", "paper" if device.startswith("cuda") else "laptop")
+    own = OWN_FLAGS[model]
+    for flag in OWN_FLAGS["tsa"]:       # tsa has all of them
+        if flag in given and flag not in own:
+            raise UserError(f"--{flag} means nothing to --model {model}: leave it out")
+    flags = {"model": model} | dict.fromkeys(OWN_FLAGS["tsa"]) | own
+    flags |= {"n_layer": 6} | PRESETS[preset] | {"preset": preset, "seed": 0}
     if data_name in data.TASKS:
-        defaults |= TASK_PRESET | {"n_head": 4, "n_embd": 128}
-        own |= {"lam": 0.01} if given.model == "tsa" else {}
+        flags |= TASK_PRESET
+        if model == "tsa":
+            flags["lam"] = 0.01
     if data_name == "enwik8" and preset == "paper":
-        defaults["block_size"] = 256
-    for flag in ("gate", "lam", "gate_bias", "threshold"):
-        if getattr(given, flag) is not None and flag not in own:
-            raise UserError(f"--{flag} means nothing to --model {given.model}: leave it out")
-    dtype = given.dtype or ("bfloat16" if multiplies_faster_in_bfloat16(device) else "float32")
-    return parse_flags(parser, argv, **defaults, **own) | {"data": data_name, "device": device, "dtype": dtype}
+        flags["block_size"] = 256
+    if "dtype" not in given:
+        flags["dtype"] = "bfloat16" if multiplies_faster_in_bfloat16(device) else "float32"
+    return flags | given | {"data": data_name, "device": device}
 
 
-def resumed_flags(parser, argv, saved, device, out_dir):
+def resumed_flags(given, saved, device, out_dir):
     """The flags of the run that goes on; UserError where the user now asks for another run."""
-    flags = parse_flags(parser, argv, **saved)
-    for flag, value in flags.items():
+    for flag, value in given.items():
         if flag not in MAY_DIFFER and value != saved.get(flag, value):
             raise UserError(f"--{flag} {value} contradicts the run in {out_dir} ({saved[flag]}): leave it out, or take "
                             f"another --out_dir")
-    return flags | {"device": device}
+    return saved | given | {"device": device}
 
 
 def reason(error):
@@ -357,30 +355,32 @@ def stop_on_signal():
     return received
 
 
-def train(parser, argv):
-    """One run -> exit status."""
+def train(given):
+    """One run, from the flags that were given -> exit status."""
     keep_freed_memory()
-    given = parser.parse_args(argv)
-    name = f"tsa-{given.gate or 'soft'}" if given.model == "tsa" else given.model
-    out_dir = Path(given.out_dir or f"out/{name}")
+    controls = {flag: given.pop(flag, None) for flag in CONTROLS}
+    name = given.get("model", "tsa")
+    if name == "tsa":
+        name += f"-{given.get('gate', 'soft')}"
+    out_dir = Path(controls["out_dir"] or f"out/{name}")
     ckpt_path, log_path, result_path = out_dir / "ckpt.pt", out_dir / "log.csv", out_dir / "result.json"
-    resumes = given.resume and ckpt_path.exists()
-    if (ckpt_path.exists() or result_path.exists()) and not resumes and not given.fresh:
+    resumes = controls["resume"] and ckpt_path.exists()
+    if (ckpt_path.exists() or result_path.exists()) and not resumes and not controls["fresh"]:
         raise UserError(f"{out_dir} holds a run: --resume goes on from its checkpoint, --fresh starts over, or take "
                         f"another --out_dir")
 
     # Flags, data, model, optimizer: new, or as the checkpoint has them
-    device = pick_device(given.device)
+    device = pick_device(given.get("device"))
     if resumes:
         model, saved = load_checkpoint(ckpt_path, device)
-        flags = resumed_flags(parser, argv, saved["flags"], device, out_dir)
+        flags = resumed_flags(given, saved["flags"], device, out_dir)
         if result_path.exists():
             print(f"{out_dir} is finished: step {saved['step']} of {flags['max_iters']}")
             return 0
         corpus = load_corpus(saved, ckpt_path)
     else:
-        corpus = data.load(given.data)
-        flags = new_flags(parser, argv, corpus.name, device)
+        corpus = data.load(given.get("data"))
+        flags = new_flags(given, corpus.name, device)
         corpus.check(flags["block_size"])
         fields = {field: flags[field] for field in Config.__dataclass_fields__ if field != "vocab_size"}
         seed_step(flags["seed"], 0)
@@ -418,7 +418,7 @@ def train(parser, argv):
         save()
     model.train()
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=flags["dtype"] == "bfloat16")
-    loss_of = torch.compile(model.loss) if given.compile else model.loss
+    loss_of = torch.compile(model.loss) if controls["compile"] else model.loss
     stop, first_step, lap, lap_step = stop_on_signal(), step, time.perf_counter(), step
     while step < max_iters and not stop:
         step += 1
@@ -506,11 +506,12 @@ def run_program(name, body, argv=None):
     return 2
 
 
+def body(argv):
+    given = vars(make_parser().parse_args(argv))
+    return print_table(given["table"]) if "table" in given else train(given)
+
+
 def main(argv=None):
-    def body(argv):
-        parser = make_parser()
-        folder = parser.parse_args(argv).table
-        return train(parser, argv) if folder is None else print_table(folder)
     return run_program("train.py", body, argv)
 
 
