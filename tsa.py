@@ -186,16 +186,17 @@ class Block(nn.Module):
         """The same numbers, but computed only for the tokens whose gate is open: (B, T, C), (B, T) -> (B, T, C)."""
         assert not self.training, "dropout is not drawn for each open token: gather in evaluation only"
         B, T = gate.shape
-        rows = gate.flatten().nonzero().squeeze(1)              # (N,): where in B * T the gates are open
-        if len(rows) == B * T:
+        n_open = gate.count_nonzero().item()
+        if n_open == B * T:
             return self(x, None if gate.dtype == torch.bool else gate, cache)      # an open switch is the plain block
         source = self.ln1(x)
-        if len(rows) == 0:
+        if n_open == 0:
             if cache is not None:
                 self.attn.keys_values(source, cache)            # what later tokens will read
             return x
         # Attention takes the same number of tokens, n, from every sequence: the open ones first, in order, then closed
         # ones as filling where a sequence has fewer. Gates 0110 and 1000, say, give at = [[1, 2], [0, 1]].
+        rows = gate.flatten().nonzero().squeeze(1)              # (N,): where in B * T the gates are open
         is_open = gate != 0
         if B == 1:
             at = rows.unsqueeze(0)                                                         # (1, N), nothing to fill
