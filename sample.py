@@ -178,7 +178,9 @@ def body(argv):
     device = pick_device(args.device)
     args.ckpt = args.ckpt or find_checkpoint()
     model, saved = load_model(args.ckpt, device, gate=args.gate, threshold=args.threshold)
-    mode = args.mode or ("gathered" if args.threshold is not None else default_mode(model.config))
+    mode = args.mode or default_mode(model.config)
+    if args.mode is None and args.threshold is not None:
+        mode = "gathered"       # gates as trained know no threshold
     print(f"{args.ckpt}: {model.config.model}, step {saved['step']}, gates as {mode}", file=sys.stderr)
     if args.mode is None and mode == "trained":
         print("The paper's soft gates run as trained here, so nothing is skipped. To see the text when they are cut to "
