@@ -59,22 +59,17 @@ class Data:
     def is_task(self):
         return self.name in TASKS
 
-    def describe(self):
-        n = sum(map(len, self.splits.values()))
-        unit = "sequences" if self.is_task else "characters"
-        return f"{self.name} has {n:,} {unit} over a vocabulary of {len(self.vocab)}"
-
     def digest(self):
         """A fingerprint of the whole text, so that a resumed run can tell when it has changed."""
         sha256 = hashlib.sha256(self.vocab.encode("utf-8"))
         for tokens in self.splits.values():
-            sha256.update(tokens.cpu().numpy())
+            sha256.update(tokens.numpy())
         return sha256.hexdigest()
 
     def to(self, device):
         self.splits = {split: tokens.to(device) for split, tokens in self.splits.items()}
 
-    def check(self, block_size):
+    def check_block_size(self, block_size):
         """Raise UserError unless validation, the smallest split, holds block_size characters and one more."""
         if self.is_task:
             length = self.splits["val"].size(2)
@@ -85,9 +80,9 @@ class Data:
             raise UserError(f"--data {self.name} has {n} characters, so its validation split (a tenth) is shorter than "
                             f"block_size {block_size}: give a longer text or a smaller --block_size")
 
-    def batch(self, split, batch_size, block_size):
-        """Random windows, drawn with torch's global generator -> idx, targets (B, T) int64."""
-        tokens = self.splits[split]
+    def batch(self, batch_size, block_size):
+        """Random windows to train on, drawn with torch's global generator -> idx, targets (B, T) int64."""
+        tokens = self.splits["train"]
         if self.is_task:
             return tokens[torch.randint(len(tokens), (batch_size,), device=tokens.device)].long().unbind(1)
         start = torch.randint(len(tokens) - block_size, (batch_size, 1), device=tokens.device)
@@ -116,35 +111,30 @@ def write_atomic(path, content):
     """Write bytes to a temporary name and rename it: `path` is the old file or the new one, never half of one."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())     # else a power failure could keep the new name and lose the content
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written ({error.strerror}); a file that was there is unchanged")
+    finally:
+        temporary.unlink(missing_ok=True)       # is there only if something went wrong
 
 
 def fetch(name):
     """The verified bytes of one of HOMES, from FOLDER or, the first time, from the network."""
     file, url, sha256 = HOMES[name]
-    path, is_new = FOLDER / file, not (FOLDER / file).exists()
-    way_out = f"put it at {path} by hand, or use --data stdlib"
+    path = FOLDER / file
+    source = path.as_uri() if path.exists() else url
     try:
-        with urllib.request.urlopen(url, timeout=STALL_SECONDS) if is_new else open(path, "rb") as source:
-            content = source.read()
+        with urllib.request.urlopen(source, timeout=STALL_SECONDS) as stream:
+            content = stream.read()
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise OSError("it is damaged or another file: its sha256 differs")
     except (OSError, http.client.HTTPException) as error:       # some messages span lines
-        raise UserError(f"{url if is_new else path} cannot be read ({' '.join(str(error).split())}); {way_out}")
-    if hashlib.sha256(content).hexdigest() != sha256:
-        wrong = f"{url} sent another file" if is_new else f"{path} is damaged or another file: delete it"
-        raise UserError(f"{wrong} (sha256 differs); {way_out}")
-    if is_new:
-        try:
-            FOLDER.mkdir(exist_ok=True)
-            write_atomic(path, content)
-        except (OSError, UserError) as error:
-            print(f"{name} could not be kept for the next run ({error})")
+        raise UserError(f"{source} cannot be used ({' '.join(str(error).split())}): put {file} into {FOLDER} by hand, "
+                        f"or use --data stdlib")
+    if source == url:
+        FOLDER.mkdir(exist_ok=True)
+        write_atomic(path, content)
     return content
 
 
@@ -185,9 +175,8 @@ def copy_or_sort(name):
 
 def chain():
     """
-    A task that needs depth, beside one that does not. There are 7 rounds of 8 places. A place holds a digit, or the
-    letter that names a place in the round before, and no letter comes twice. The target at each place is the digit at
-    the end of its chain. With 0 hops, the model repeats the digit that it just read. Each further hop needs what
+    A task that needs depth. There are 7 rounds of 8 places. A place holds a digit, or the letter that names a place in
+    the round before. The target at each place is the digit at the end of its chain, and each hop on the way needs what
     another place found out first. The 8 chains of a round never share a letter, so a model that cannot follow them
     guesses.
     """

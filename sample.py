@@ -9,7 +9,6 @@ that the model was trained on.)
 """
 import html
 import os
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -64,7 +63,7 @@ def load_model(path, device, **settings):
 
 def depth_of(gates, mode):
     """gates (L, ...) -> (...): how many blocks ran, or as trained, where no gate need be 0, the sum of the gates."""
-    return gates.sum(0) if mode == "trained" else (gates > 0).float().sum(0)
+    return gates.sum(0) if mode == "trained" else (gates != 0).float().sum(0)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -72,7 +71,8 @@ def depth_of(gates, mode):
 
 def paint(text, depth, n_layer):
     level = round((depth - 1) / max(n_layer - 1, 1) * (len(COLORS) - 1))
-    return f"\033[30;48;5;{COLORS[level]}m{text}\033[0m"        # in black, which all of COLORS leave readable
+    color = COLORS[min(max(level, 0), len(COLORS) - 1)]         # a gate of your own may exceed 1
+    return f"\033[30;48;5;{color}m{text}\033[0m"        # in black, which all of COLORS leave readable
 
 
 def write_text(model, saved, args, mode, device):
@@ -97,29 +97,29 @@ def write_text(model, saved, args, mode, device):
     for idx_next, gates in generate(model, idx, n, args.temperature, args.top_k, mode):
         c, depth = vocab[idx_next.item()], depth_of(gates, mode).item()
         depths.append(depth)
-        ran += gates[:, 0] > 0
+        ran += gates[:, 0] != 0
         digits += f"{min(round(depth), 9)}"
         print(paint(c, depth, L) if colored and c != "\n" else c, end="", flush=True)
         if c == "\n":
             print("" if colored else digits + "\n", end="")
             digits = ""
     print("" if colored else "\n" + digits)
-    print(f"{n} tokens, {n / (time.perf_counter() - began):.0f} a second, mean depth {statistics.mean(depths):.2f} of "
+    print(f"{n} tokens, {n / (time.perf_counter() - began):.0f} a second, mean depth {sum(depths) / n:.2f} of "
           f"{L}, token-layer operations saved {tlops_saved((ran / n).tolist()):.1%}", file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # The map: an SVG with tokens across, blocks up, and each gate as a shade
 
-LEFT, WIDTH, HEIGHT = 66, 11, 15        # of the labels, and of a box
+LEFT, WIDTH, HEIGHT = 66, 11, 15        # where the boxes begin; a box with its margin
 
 
-def text(x, y, words):
+def svg_text(x, y, words):
     words = words.replace("\n", "⏎") if words.isprintable() or words == "\n" else "?"       # XML has no form feed
     return f'<text x="{x}" y="{y}">{html.escape(words)}</text>'
 
 
-def box(x, y, height, color, opacity):
+def svg_box(x, y, height, color, opacity):
     size = f'width="{WIDTH - 1}" height="{height:.1f}"'
     return f'<rect x="{x}" y="{y:.1f}" {size} fill="{color}" opacity="{opacity:.2f}"/>'
 
@@ -137,17 +137,17 @@ def draw_panel(model, vocab, idx, targets, mode, title, top):
     L, first = len(gates), top + 46
     bottom = first + L * HEIGHT + 14
     loss = sum(losses) / (targets >= 0).sum().item()
-    parts = [text(8, top + 18, f"{title}. Mean loss {loss:.2f}."), text(8, first - 8, "read")]
-    parts += [text(8, bottom + 4, "target"), text(8, bottom + 22, "loss")]
+    parts = [svg_text(8, top + 18, f"{title}. Mean loss {loss:.2f}."), svg_text(8, first - 8, "read")]
+    parts += [svg_text(8, bottom + 4, "target"), svg_text(8, bottom + 22, "loss")]
     for l in range(L):
         y = first + (L - 1 - l) * HEIGHT
-        parts.append(text(8, y + 11, f"block {l}"))
+        parts.append(svg_text(8, y + 11, f"block {l}"))
         for t, gate in enumerate(gates[l]):
-            parts.append(box(LEFT + t * WIDTH, y, HEIGHT - 1, "#1f5fbf", 0.08 + 0.92 * gate))
+            parts.append(svg_box(LEFT + t * WIDTH, y, HEIGHT - 1, "#1f5fbf", 0.08 + 0.92 * gate))
     for t in range(len(losses)):
         x = LEFT + t * WIDTH
-        parts += [text(x + 1, first - 8, read[t]), text(x + 1, bottom + 4, predicted[t]),
-                  box(x, bottom + 10, 10 * min(losses[t], 6), "#d9480f", 0.85)]
+        parts += [svg_text(x + 1, first - 8, read[t]), svg_text(x + 1, bottom + 4, predicted[t]),
+                  svg_box(x, bottom + 10, 10 * min(losses[t], 6), "#d9480f", 0.85)]
     return parts, bottom + 76
 
 
@@ -173,7 +173,7 @@ def draw_map(model, saved, args, mode, device):
     print(f"written to {args.map}")
 
 
-def body(argv):
+def main(argv):
     args = parse_args(argv)
     device = pick_device(args.device)
     args.ckpt = args.ckpt or find_checkpoint()
@@ -192,9 +192,5 @@ def body(argv):
     return 0
 
 
-def main(argv=None):
-    return run_program("sample.py", body, argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program("sample.py", main))

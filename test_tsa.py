@@ -1,5 +1,5 @@
 """
-python -m pytest -q      Offline and on the CPU. In the order of tsa.py, data.py, train.py, sample.py and report/.
+Run `python -m pytest -q`: offline, on the CPU. In the order of tsa.py, data.py, train.py, sample.py, report/.
 """
 import hashlib
 import io
@@ -27,7 +27,7 @@ import data
 import sample
 import train
 import tsa
-from report import clock, counts, depth, plot, strip
+from report import clock, counts, depth, figure, plot, strip
 from tsa import Config, GATES, KV, MODELS, Router, UserError, build, generate, stack, tlops_saved
 
 HERE = Path(__file__).resolve().parent
@@ -56,29 +56,40 @@ def text_file(tmp_path):
     return path
 
 
-SMALL = ["--device", "cpu", "--dtype", "float32", "--n_layer", "3", "--n_embd", "16", "--n_head", "2", "--block_size",
-         "16", "--batch_size", "4"]
 WILD = ["--warmup_iters", 0, "--learning_rate", 0.1, "--gate_bias", 0]      # soon opens some gates and closes some
 
 
-def run_train(*flags):
-    return train.main(SMALL + [str(flag) for flag in flags])
-
-
-def run_sample(*flags):
-    return sample.main(["--device", "cpu"] + [str(flag) for flag in flags])
+def run(program, *flags):
+    """A program's main, run in this process -> exit status"""
+    try:
+        return train.run_program("program", program.main, [str(flag) for flag in flags])
+    except SystemExit as end:       # argparse refuses a flag so
+        return end.code
 
 
 @pytest.fixture
-def finished(text_file, tmp_path):
+def run_train(text_file, tmp_path):
+    """train.py on that text, small, into the folder `run`; of a flag given twice the last counts -> exit status"""
+    small = ["--device", "cpu", "--dtype", "float32", "--n_layer", 3, "--n_embd", 16, "--n_head", 2, "--block_size", 16,
+             "--batch_size", 4, "--data", text_file, "--out_dir", tmp_path / "run"]
+    return lambda *flags: run(train, *small, *flags)
+
+
+@pytest.fixture
+def finished(run_train, tmp_path):
     """The folder of a run in which some gates are open and some closed."""
-    assert run_train("--data", text_file, "--max_iters", 6, *WILD, "--out_dir", tmp_path / "run") == 0
+    assert run_train("--max_iters", 6, *WILD) == 0
     return tmp_path / "run"
 
 
-def one_line(capsys, *words):
+def run_sample(*flags):
+    return run(sample, "--device", "cpu", *flags)
+
+
+def refused(capsys, status, *words):
+    """A user's mistake: status 2, and one line on stderr with these words in it."""
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "Traceback" not in error, error
+    assert status == 2 and error.count("\n") == 1, error
     assert all(word in error for word in words), error
 
 
@@ -97,7 +108,7 @@ def test_parameter_counts_are_the_papers(settings, expected):
 
 
 def test_weights_start_as_in_the_paper():
-    """Depth is learned from the start on: a residual stream that starts too large is another experiment."""
+    """A residual stream that starts out larger is a different experiment."""
     torch.manual_seed(0)
     model = build(Config())
     for block in model.blocks:
@@ -106,12 +117,11 @@ def test_weights_start_as_in_the_paper():
         assert abs(block.attn.query.weight.std() / (1 / 3 ** 0.5 / 16) - 1) < 0.02         # torch's own start
     for embedding in (model.wte, model.wpe):
         assert abs(embedding.weight.std() / 0.02 - 1) < 0.03
-    p = model.routers[0](torch.randn(1, 64, 256) * 0.03)
-    assert abs(p.mean() - 0.27) < 0.05 and all(router.out.bias.item() == -1 for router in model.routers)
+    assert all(router.out.bias.item() == -1 for router in model.routers)
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("mode", ["trained", "masked", "gathered"])
+@pytest.mark.parametrize("mode", tsa.MODES)
 def test_no_token_sees_the_future(model, mode):
     """A gate or an exit that looked ahead would score well and generate rubbish."""
     model, idx = tiny(model), tokens()
@@ -123,7 +133,7 @@ def test_no_token_sees_the_future(model, mode):
 
 
 def test_attention_by_hand():
-    """The one attention of all models, a head and a token at a time: some ask, all before them are read."""
+    """A head and a token at a time: some tokens ask, and each reads itself and all before it."""
     attn, x, source = tiny().blocks[0].attn, torch.randn(2, 3, 16), torch.randn(2, 8, 16)
     at = torch.tensor([[0, 5, 7], [2, 3, 7]])
     k, v = (source @ attn.key_value.weight.T).split(16, dim=-1)
@@ -139,7 +149,7 @@ def test_attention_by_hand():
 
 
 def test_feed_forward_uses_exact_gelu():
-    """The tanh approximation differs in the fourth digit, which no loss would show and every comparison would carry."""
+    """The tanh approximation differs in the fourth digit: too little for a loss, but not for a comparison."""
     ffn, x = tiny().blocks[0].ffn, torch.randn(5, 16)
     hidden = x @ ffn.fc.weight.T + ffn.fc.bias
     hidden = hidden * (1 + torch.erf(hidden / 2 ** 0.5)) / 2
@@ -147,8 +157,8 @@ def test_feed_forward_uses_exact_gelu():
 
 
 def test_dropout_drops_its_share_and_keeps_the_mean():
-    """The CPU's quick dropout takes 16 random bits an element: its share is the paper's, its draws are independent."""
-    drop, x = tsa.Dropout(0.1), torch.ones(1000, 1003)
+    """The CPU's quick dropout spends 16 bits on an element: its rate must be exact, its draws independent."""
+    drop, x = tsa.Dropout(0.1), torch.ones(1001, 1003)     # four elements share a draw, and here one is left over
     torch.manual_seed(0)
     y = drop(x)
     kept = y > 0
@@ -168,7 +178,7 @@ def test_dropout_sits_at_the_papers_four_places(monkeypatch):
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 0.03)])
 def test_attention_in_training_is_that_of_inference(dtype, tolerance, monkeypatch):
-    """On a CPU attention may be written out for training: one function all the same, and dropout is in both ways."""
+    """Training on a CPU may write attention out: it must be the same function, and both ways must apply dropout."""
     q, k, v = torch.randn(3, 2, 2, 9, 8).to(dtype)
     causal = torch.full((9, 9), -torch.inf).triu(1)
     drop = tsa.Dropout(1e-9)        # drops nothing, yet asks for the way that can drop
@@ -177,7 +187,8 @@ def test_attention_in_training_is_that_of_inference(dtype, tolerance, monkeypatc
     dropped = tsa.attend(q, k, v, causal, None, tsa.Dropout(0.5).train())
     assert not torch.allclose(dropped, inferred, atol=0.1)
     fused = []
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, is_causal: fused.append((*args[3:], is_causal)))
+    monkeypatch.setattr(F, "scaled_dot_product_attention",
+                        lambda *args, is_causal: fused.append((*args[3:], is_causal)))
     for mode in (True, False):
         tsa.attend(*(x.to("meta") for x in (q, k, v)), causal, None, tsa.Dropout(0.5).train(mode))
     assert fused == [(None, 0.5, True), (None, 0.0, True)]      # mask, dropout, causal: on a GPU it is the kernel's
@@ -196,18 +207,18 @@ def test_router_is_the_papers_gate_mlp():
     assert p.dtype == torch.float32 and (1 - p).min() > 0 and len(p.unique()) > 8
 
 
-@pytest.mark.parametrize("gate, expected", [("soft", ([.9, .5, .4, .1], [True, True, False, False])),
-                                            ("skip", ([.9, .5, .4, .1], [.9, .5, .0, .0]))])
+@pytest.mark.parametrize("gate, expected", [("soft", ([.9, .5, .25, .1], [True, True, True, False])),
+                                            ("skip", ([.9, .5, .25, .1], [.9, .5, .25, .0]))])
 def test_gate_pairs_follow_their_definitions(gate, expected):
     """What training sees and what inference runs are the two halves of a design; p at the threshold still runs."""
-    p = torch.tensor([.1, .5, .6, .9])
+    p = torch.tensor([.1, .5, .75, .9])
     for make_gate, values in zip(GATES[gate], expected):
-        torch.testing.assert_close(make_gate(p, 0.5), torch.tensor(values))     # dtypes as well: a scale or a switch
+        torch.testing.assert_close(make_gate(p, 0.75), torch.tensor(values))    # dtypes as well: a scale or a switch
 
 
 @pytest.mark.parametrize("design", [tsa.binary, lambda p, threshold: (p <= threshold).float()])
 def test_design_that_passes_no_gradient_is_refused(monkeypatch, design):
-    """A switch in training, even one made a float: its routers would silently never learn."""
+    """With a switch in training, even one made a float, the routers would silently never learn."""
     monkeypatch.setitem(GATES, "hard", (design, tsa.binary))
     with pytest.raises(UserError, match="no gradient"):
         build(Config(gate="hard"))
@@ -217,7 +228,7 @@ def test_design_that_passes_no_gradient_is_refused(monkeypatch, design):
 # tsa.py: the four models
 
 def assert_same_with_gradients(model, ours, by_hand):
-    """Something that is detached, or is not, shows in a gradient and nowhere else."""
+    """A detach too many or too few shows in a gradient and nowhere else."""
     torch.testing.assert_close(ours, by_hand)
     parameters = list(model.parameters())
     for a, b in zip(*(torch.autograd.grad(total, parameters) for total in (ours, by_hand))):
@@ -256,7 +267,7 @@ def test_exit_trains_on_the_mean_of_all_exits():
 
 
 def test_sweep_of_exits_leaves_the_threshold_as_it_was():
-    """Else whatever comes after the sweep runs with its last threshold."""
+    """Otherwise whatever runs after the sweep would use its last threshold."""
     model, idx = tiny("exit", threshold=0.4), tokens()
     rows = train.sweep_exits(model, (idx, idx))
     assert model.config.threshold == 0.4
@@ -284,8 +295,8 @@ def test_exited_token_really_stops():
 
 
 def test_halting_trains_what_it_runs():
-    """In training every token goes on to the top, yet what it would say where it halts is what inference says."""
-    model, idx = tiny("halt", seed=6).double(), tokens()
+    """In training every token runs to the top, yet its prediction where it halts must be the one inference makes."""
+    model, idx = tiny("halt", seed=6, threshold=0.3).double(), tokens()
     executed, used = model(idx, "masked")
     last = stack(used, idx).sum(0).long() - 1
     assert len(last.unique()) > 2, last
@@ -296,7 +307,7 @@ def test_halting_trains_what_it_runs():
 
 def test_halting_loss_and_its_gradient_by_hand():
     """Equation (5), a token at a time."""
-    model, idx, targets = tiny("halt", seed=6), tokens(), tokens(seed=2)
+    model, idx, targets = tiny("halt", seed=6, threshold=0.3), tokens(), tokens(seed=2)
     targets[0, :8] = -1         # not scored, as in the tasks; their depth has its price all the same
     x = left = model.wte(idx) + model.wpe(torch.arange(16))
     runs, p, log_p = torch.ones(3, 16), [], []
@@ -305,7 +316,7 @@ def test_halting_loss_and_its_gradient_by_hand():
         x = x + block.ffn(block.ln2(x))
         left = runs[..., None] * x + (1 - runs[..., None]) * left
         p.append(model.routers[l](x) if l < 3 else torch.ones(3, 16))
-        runs = runs * (p[l] <= 0.5)
+        runs = runs * (p[l] <= 0.3)
         log_p.append((model.norms[0](x) @ model.wte.weight.T).log_softmax(-1))
     expected, depth = 0, 0
     for b in range(3):
@@ -324,7 +335,7 @@ def test_halting_loss_and_its_gradient_by_hand():
 
 @pytest.mark.parametrize("model", MODELS)
 def test_step_never_waits_for_a_gpu(model):
-    """On torch's meta device a mixture of devices raises, and so does any wait for a value: that needs no GPU."""
+    """On torch's meta device mixing devices raises, and so does reading a value: no GPU is needed."""
     model = tiny(model).to("meta").train()
     idx = torch.zeros(3, 16, dtype=torch.long, device="meta")
     task, gates = model.loss(idx, idx)
@@ -344,11 +355,11 @@ KEEP = {
 
 
 @pytest.mark.parametrize("pattern", KEEP)
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.bfloat16, 0.05)])
 def test_gathered_block_equals_masked_block(pattern, dtype, tolerance):
-    """The heart of it: tokens that are not computed may not change a number, whether gates are scales or switches."""
+    """The heart of it: tokens that are not computed must not change a number, whether gates are scales or switches."""
     keep = KEEP[pattern]
-    scale = (keep * (0.2 + 0.8 * torch.rand(keep.shape, generator=torch.Generator().manual_seed(0)))).to(dtype)
+    scale = keep * (0.2 + 0.8 * torch.rand(keep.shape, generator=torch.Generator().manual_seed(0)))
     block, x = tiny().blocks[1].to(dtype), torch.randn(*keep.shape, 16, dtype=dtype)
     for gate in (scale, keep > 0):
         with torch.no_grad():
@@ -358,7 +369,7 @@ def test_gathered_block_equals_masked_block(pattern, dtype, tolerance):
 
 
 def test_gathered_block_refuses_to_train():
-    """It draws dropout for other tensors than training does, so training with it would silently be another model."""
+    """Its dropout would fall on other tensors than in training: silently a different model."""
     with pytest.raises(AssertionError, match="dropout"):
         tiny().blocks[1].train().gathered(torch.randn(1, 4, 16), torch.ones(1, 4))
 
@@ -387,7 +398,7 @@ def test_gathered_model_equals_masked_model(settings):
 
 @pytest.mark.parametrize("settings", HARD)
 def test_cached_text_is_uncached_text(settings):
-    """To the character, past the context twice, alone and beside a sequence that skips other tokens, in all modes."""
+    """Character for character, past the context twice, alone or beside a sequence that skips other tokens."""
     model = tiny(**settings).double()
     for B, mode in [(2, "trained"), (2, "masked"), (2, "gathered"), (1, "gathered")]:
         drawn = []
@@ -399,13 +410,8 @@ def test_cached_text_is_uncached_text(settings):
         torch.testing.assert_close(drawn[0][1], drawn[1][1])
 
 
-def matrix_flops(counter):
-    """Without fused attention, which some versions of PyTorch count, as if it were not causal, and some do not."""
-    return sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
-
-
 def test_generation_keeps_half_a_window_and_greedy_is_argmax(monkeypatch):
-    """The rule past the context is stated, so that cached and uncached text can agree; and top_k of 1 is greedy."""
+    """The rule past the context is fixed, so that cached and uncached text agree; top_k of 1 is greedy."""
     model, text = tiny("dense"), tokens(B=1, T=1)
     window, read, embed = text, [], model.embed
     monkeypatch.setattr(model, "embed", lambda idx, cache=None: read.append(idx.size(1)) or embed(idx, cache))
@@ -415,12 +421,15 @@ def test_generation_keeps_half_a_window_and_greedy_is_argmax(monkeypatch):
         assert read.pop() == window.size(1) and gates.shape == (4, 1)
         assert idx_next.item() == model(window)[0][0, -1].argmax()
         window = torch.cat([window, idx_next], 1)
+    read.clear()
+    list(generate(model, text, 20))
+    assert read == [1] * 16 + [8] + [1] * 3         # with the cache one token a step, half a window when it is full
     greedy, tiny_temperature, top_1 = (
         torch.cat([t for t, _ in generate(model, text, 12, *how)]) for how in ((0,), (1e-40,), (1.0, 1)))
     assert torch.equal(greedy, top_1) and torch.equal(greedy, tiny_temperature)
 
 
-@pytest.mark.parametrize("temperature, top_k", [(1.0, None), (0.5, None), (3.0, None), (1.5, 3)])
+@pytest.mark.parametrize("temperature, top_k", [(0.5, None), (1.5, 3)])
 def test_draws_follow_temperature_and_top_k(temperature, top_k):
     """Counted over 20,000 draws of one token: the shares are those of the softmax, cut to the k likeliest."""
     model, idx = tiny("dense"), tokens(B=1, T=5)
@@ -470,7 +479,7 @@ def test_the_papers_tasks_are_what_they_say(task):
 
 
 def test_chain_asks_for_the_digit_that_the_letters_lead_to():
-    """Followed by hand, a letter at a time: a wrong target would make the task one of luck."""
+    """Followed by hand, a letter at a time: a wrong target would turn the task into guessing."""
     corpus = data.load("chain")
     idx, targets = corpus.windows("val", 64)
     for row, target in zip(idx[:20], targets):
@@ -522,7 +531,7 @@ VERSE = b"To be, or not to be, that is the question.\n" * 40
 
 
 def test_download_is_verified_and_kept(server, monkeypatch, tmp_path):
-    """The first run fetches the file, the second needs no network."""
+    """The first run fetches the file, the second needs no network, and a file damaged since is refused."""
     path = serve(server, monkeypatch, tmp_path, "shakespeare", VERSE)
     corpus = data.load("shakespeare")
     server.status = 404
@@ -532,18 +541,11 @@ def test_download_is_verified_and_kept(server, monkeypatch, tmp_path):
         data.load("shakespeare")
 
 
-def test_verified_download_is_used_even_where_it_cannot_be_kept(server, monkeypatch, tmp_path, capsys):
-    """A read-only checkout must not cost the user the text that has just arrived."""
-    serve(server, monkeypatch, tmp_path, "shakespeare", VERSE)
-    (tmp_path / "data").write_text("a file in the way of the folder")
-    assert data.load().name == "shakespeare" and "could not be kept" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("status, body, length, pause", [
     (404, VERSE, None, 0), (200, b"another file", None, 0), (200, VERSE[:9], 1720, 0), (200, VERSE, None, 1),
     (302, VERSE, None, 0), (200, b"", 0, 0)])
 def test_bad_download_leaves_nothing_and_falls_back(server, monkeypatch, tmp_path, capsys, status, body, length, pause):
-    """Missing, another, cut, stalling, redirected in circles, empty: nothing stays, and stdlib is read."""
+    """Missing, another, cut, stalling, redirected in circles, empty: nothing is kept, and stdlib is read instead."""
     path = serve(server, monkeypatch, tmp_path, "shakespeare", VERSE)
     monkeypatch.setattr(data, "STALL_SECONDS", 0.3)
     server.status, server.body, server.length, server.pause = status, body, length, pause
@@ -552,7 +554,7 @@ def test_bad_download_leaves_nothing_and_falls_back(server, monkeypatch, tmp_pat
     assert not path.parent.exists()
     assert data.load().name == "stdlib"
     line = capsys.readouterr().out
-    assert "stdlib" in line and str(path) in line and line.count("\n") == 1
+    assert "stdlib" in line and path.name in line and line.count("\n") == 1
 
 
 def test_enwik8_is_unpacked_and_cut_by_characters(server, monkeypatch, tmp_path):
@@ -586,8 +588,8 @@ def test_written_file_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
 
 def slow_score(model, text, vocab, mode, unscored=0):
     """
-    The validation split of a text, a window and a character at a time, the first `unscored` of each window left out ->
-    loss, mean gates, shares run.
+    Score a text's validation split one window and one character at a time, without the first `unscored` of each window
+    -> loss, mean gates, shares run.
     """
     stream = [vocab.index(c) for c in text[int(0.8 * len(text)):int(0.9 * len(text))]]
     losses, n, gate_sum, ran = [], 0, 0, 0
@@ -597,13 +599,13 @@ def slow_score(model, text, vocab, mode, unscored=0):
             logits, used = model(torch.tensor([x]), mode)
         losses += [-logits[0, t].log_softmax(0)[y[t]].item() for t in range(unscored, 16)]
         gates = stack(used, torch.tensor([x]))
-        n, gate_sum, ran = n + 16, gate_sum + gates.sum((1, 2)), ran + (gates > 0).sum((1, 2))
+        n, gate_sum, ran = n + 16, gate_sum + gates.sum((1, 2)), ran + (gates != 0).sum((1, 2))
     return sum(losses) / len(losses), (gate_sum / n).tolist(), (ran / n).tolist()
 
 
 @pytest.mark.parametrize("settings", [dict(gate="skip"), dict(gate="soft"), dict(model="halt", seed=6)])
 def test_evaluation_equals_a_slow_loop(text_file, settings):
-    """Means over the whole split, not over batches of unequal size; what a task leaves unscored has gates, no loss."""
+    """Means over the whole split, not over unequal batches; what is unscored counts in the gates, not in the loss."""
     corpus = data.load(str(text_file))
     model = tiny(vocab_size=len(corpus.vocab), **settings)
     for mode, unscored in (("trained", 0), ("masked", 0), ("gathered", 5)):
@@ -614,33 +616,28 @@ def test_evaluation_equals_a_slow_loop(text_file, settings):
         assert abs(score["loss"] - loss) < 1e-5
         assert score["alpha_by_block"] == pytest.approx(alpha[1:], abs=1e-5)
         assert score["ran"] == pytest.approx(ran, abs=1e-6) and (mode == "trained" or 0 < sum(ran[1:]) < 3)
-    assert not model.training
-    train.evaluate(model.train(), corpus.windows("val", 16, 2), "trained")
-    assert model.training
 
 
 def test_result_is_the_score_of_the_checkpoint(finished, text_file):
-    """result.json is what the tables are made of: validation split, both modes, none taken for the other."""
+    """result.json is what the tables are made of: validation split, both modes, neither taken for the other."""
     result = json.loads((finished / "result.json").read_text())
     model, saved = train.load_checkpoint(finished / "ckpt.pt")
-    trained, executed = (slow_score(model, text_file.read_text(), saved["vocab"], mode) for mode in ("trained", "masked"))
+    trained, executed = (slow_score(model, text_file.read_text(), saved["vocab"], mode)
+                         for mode in ("trained", "masked"))
     for scores in (result, saved["rows"][-1]):          # the log scores 64 windows, and this text has fewer
         assert scores["val_loss"] == pytest.approx(trained[0], abs=1e-5)
+        assert scores["alpha"] == pytest.approx(sum(trained[1][1:]) / 2, abs=1e-5)
         assert scores["val_loss_executed"] == pytest.approx(executed[0], abs=1e-5)
         assert scores["alpha_executed"] == pytest.approx(sum(executed[2][1:]) / 2, abs=1e-6)
         assert scores["tlops_saved_executed"] == pytest.approx(1 - sum(executed[2]) / 3, abs=1e-6)
     assert abs(trained[0] - executed[0]) > 1e-4 and 0 < result["alpha_executed"] < 1
-    assert abs(saved["rows"][-1]["train_loss"] - result["val_loss"]) > 1e-6
-    assert result["alpha"] == pytest.approx(sum(trained[1][1:]) / 2, abs=1e-5)
     assert result["ran"] == pytest.approx(executed[2], abs=1e-6)
 
 
-def test_run_equals_a_loop_written_out(text_file, tmp_path):
+def test_run_equals_a_loop_written_out(run_train, text_file, tmp_path):
     """Ten steps of train.py against the settings spelled out: seeds, split, warm-up, cosine, decay, clip, lam."""
-    flags = ["--data", text_file, "--max_iters", 10, "--learning_rate", 0.02, "--warmup_iters", 4,
-             "--lam", 0.3, "--seed", 5, "--out_dir", tmp_path / "a"]
-    assert run_train(*flags) == 0
-    trained = torch.load(tmp_path / "a" / "ckpt.pt", weights_only=True)["model"]
+    assert run_train("--max_iters", 10, "--learning_rate", 0.02, "--warmup_iters", 4, "--lam", 0.3, "--seed", 5) == 0
+    trained = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["model"]
     corpus = data.load(str(text_file))
 
     def seed(step):
@@ -679,7 +676,7 @@ def flags_of(*argv, device="cpu", corpus="shakespeare"):
 
 
 def test_paper_preset_is_the_papers():
-    """Section 2: what `--preset paper` promises, with enwik8's context and the sizes of the tasks, and a GPU takes."""
+    """Section 2: what `--preset paper` promises, with enwik8's context and the tasks' sizes; a GPU gets it unasked."""
     flags = flags_of("--preset", "paper")
     expected = dict(n_layer=6, n_head=8, n_embd=256, block_size=128, batch_size=64, max_iters=5000, learning_rate=3e-4,
                     warmup_iters=0, dropout=0.1, lam=0.001, gate_bias=-1.0, threshold=0.5, gate="soft")
@@ -692,120 +689,99 @@ def test_paper_preset_is_the_papers():
     assert flags_of("--preset", "paper", "--n_embd", "64", corpus="copy")["n_embd"] == 64       # what is given wins
 
 
-class Killed(BaseException):
-    """As sudden as kill -9: nothing catches it."""
+def die():
+    raise KeyboardInterrupt         # not a signal, so nothing is saved: as sudden as kill -9
 
 
-@pytest.mark.parametrize("end", ["stopped", "killed"])
-def test_interrupted_run_resumes_to_the_bit(text_file, tmp_path, monkeypatch, end):
-    """Stopped by Ctrl-C or killed between log and checkpoint, then resumed: the weights and the log of one long run."""
-    flags = ["--data", text_file, "--max_iters", 50, "--eval_interval", 20, "--dropout", 0.1]
-    assert run_train(*flags, "--out_dir", tmp_path / "a") == 0
-    seed_step, save_checkpoint = train.seed_step, train.save_checkpoint
+@pytest.mark.parametrize("end, saved_at", [(lambda: os.kill(os.getpid(), signal.SIGINT), 33), (die, 20)])
+def test_interrupted_run_resumes_to_the_bit(run_train, tmp_path, monkeypatch, end, saved_at):
+    """Stopped by Ctrl-C, which saves, or killed, then resumed: the weights and the log of one long run."""
+    flags, seed_step = ["--max_iters", 50, "--eval_interval", 20, "--dropout", 0.1], train.seed_step
+    assert run_train(*flags, "--out_dir", tmp_path / "whole") == 0
 
-    def stop_at_33(seed, step):
+    def end_at_33(seed, step):
         seed_step(seed, step)
         if step == 33:
-            os.kill(os.getpid(), signal.SIGINT)
+            end()
 
-    def kill_at_40(path, **contents):
-        if contents["step"] == 40:
-            raise Killed
-        save_checkpoint(path, **contents)
-
-    monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
-        if end == "stopped":
-            patch.setattr(train, "seed_step", stop_at_33)
-            assert run_train(*flags) == 130
-        else:
-            patch.setattr(train, "save_checkpoint", kill_at_40)
-            with pytest.raises(Killed):
-                run_train(*flags)
-    assert train.main(["--resume", "--device", "cpu"]) == 0
-    a, b = (torch.load(path / "ckpt.pt", weights_only=True) for path in (tmp_path / "a", Path("out/tsa-soft")))
+        patch.setattr(train, "seed_step", end_at_33)
+        assert run_train(*flags) == 130
+    assert torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["step"] == saved_at
+    assert run(train, "--resume", "--device", "cpu", "--out_dir", tmp_path / "run") == 0
+    a, b = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True) for name in ("whole", "run"))
     assert a["step"] == b["step"] == 50 and len(a["rows"]) == 4
     assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
     assert [row | {"tokens_per_s": 0} for row in a["rows"]] == [row | {"tokens_per_s": 0} for row in b["rows"]]
-    assert len(Path("out/tsa-soft/log.csv").read_text().splitlines()) == 5
+    assert len((tmp_path / "run" / "log.csv").read_text().splitlines()) == 5
 
 
-def test_price_of_halting_rises_over_the_first_half(text_file, tmp_path):
-    """At its full price no block is worth it at first, and all routers would close."""
-    flags = ["--model", "halt", "--lam", 0.5, "--data", text_file, "--max_iters", 80, "--eval_interval", 80]
-    assert run_train(*flags, "--out_dir", tmp_path / "a") == 0
-    rows = torch.load(tmp_path / "a" / "ckpt.pt", weights_only=True)["rows"]
+def test_price_of_halting_rises_over_the_first_half(run_train, tmp_path):
+    """At full price no block would be worth it early on, and every router would learn to halt."""
+    assert run_train("--model", "halt", "--lam", 0.5, "--max_iters", 80, "--eval_interval", 80) == 0
+    rows = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["rows"]
     for row, lam in zip(rows[1:], (0.25, 0.5, 0.5)):
         assert row["loss"] == pytest.approx(row["task_loss"] + lam * row["depth_loss"], abs=1e-5)
 
 
 @pytest.mark.parametrize("model", ["tsa", "halt"])
-def test_task_trains_on_its_own_sequences_in_bfloat16(tmp_path, monkeypatch, model):
-    """What the paper's tasks are on a GPU: whole sequences, unscored targets, blocks under autocast."""
+def test_task_trains_on_its_own_sequences_in_bfloat16(run_train, monkeypatch, model):
+    """How a GPU trains the paper's tasks: whole sequences, dropout, blocks in bfloat16, logits in float32."""
     seen, loss = [], MODELS[model].loss
 
     def watched(self, idx, targets):
-        seen.append((idx, targets, torch.is_autocast_enabled("cpu")))
+        assert self.training and torch.is_autocast_enabled("cpu") and self(idx)[0].dtype == torch.float32
+        seen.append((idx, targets))
         return loss(self, idx, targets)
 
     monkeypatch.setattr(MODELS[model], "loss", watched)
-    assert run_train("--model", model, "--data", "copy", "--block_size", 64, "--max_iters", 2, "--dtype", "bfloat16",
-                     "--out_dir", tmp_path / "a") == 0
+    assert run_train("--model", model, "--data", "copy", "--block_size", 64, "--max_iters", 2, "--dtype",
+                     "bfloat16") == 0
     known = {(tuple(idx), tuple(targets)) for idx, targets in data.load("copy").splits["train"].tolist()}
-    for idx, targets, in_bfloat16 in seen:
-        assert in_bfloat16 and {(tuple(i), tuple(t)) for i, t in zip(idx.tolist(), targets.tolist())} < known
+    for idx, targets in seen:
+        assert {(tuple(i), tuple(t)) for i, t in zip(idx.tolist(), targets.tolist())} < known
 
 
-def test_infinite_loss_stops_the_run_and_keeps_the_checkpoint(text_file, tmp_path, capsys, monkeypatch):
+def test_infinite_loss_stops_the_run_and_keeps_the_checkpoint(run_train, tmp_path, capsys, monkeypatch):
     """A diverged run must not overwrite the weights that were still good."""
-    flags = ["--data", text_file, "--max_iters", 60, "--eval_interval", 10, "--out_dir", tmp_path / "a"]
     original = train.schedule
     monkeypatch.setattr(train, "schedule", lambda step, *n: original(step, *n) if step <= 12 else math.inf)
-    assert run_train(*flags) == 2
-    assert "not finite" in capsys.readouterr().err
-    model, saved = train.load_checkpoint(tmp_path / "a" / "ckpt.pt")
+    refused(capsys, run_train("--max_iters", 60, "--eval_interval", 10), "not finite")
+    model, saved = train.load_checkpoint(tmp_path / "run" / "ckpt.pt")
     assert saved["step"] == 10 and all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-def test_results_and_table(text_file, tmp_path, capsys):
-    """The keys are the contract of every later comparison; early exit brings its sweep; bad results are named."""
-    keys = {"model", "gate", "lam", "gate_bias", "threshold", "seed", "data", "n_params", "step", "val_loss", "val_bpc",
-            "alpha", "val_loss_executed", "alpha_executed", "alpha_by_block", "ran", "tlops_saved_executed",
-            "tokens_per_s", "device", "dtype", "torch", "seconds", "max_iters", "batch_size", "learning_rate"}
+def test_results_and_table(run_train, tmp_path, capsys):
+    """The keys are the contract of every later comparison; early exit brings its sweep."""
+    keys = {"model", "gate", "lam", "gate_bias", "threshold", "seed", "data", "n_params", "val_loss", "alpha",
+            "val_loss_executed", "alpha_executed", "alpha_by_block", "ran", "tlops_saved_executed", "tokens_per_s",
+            "device", "dtype", "torch", "seconds", "max_iters", "batch_size", "learning_rate"}
     for model in MODELS:
-        assert run_train("--model", model, "--data", text_file, "--max_iters", 3, "--out_dir", tmp_path / model) == 0
+        assert run_train("--model", model, "--max_iters", 3, "--out_dir", tmp_path / model) == 0
         result = json.loads((tmp_path / model / "result.json").read_text())
         assert keys < result.keys() and len(result["ran"]) == 3
-        assert (result["alpha"] is None) == (result["lam"] is None) == (model in ("dense", "exit"))
+        assert (result["lam"] is None) == (model in ("dense", "exit")) == (result["alpha"] == 1)
         assert (result["threshold"] is None) == (model == "dense")
         assert ("thresholds" in result) == (model == "exit")
     capsys.readouterr()
-    assert train.main(["--table", str(tmp_path)]) == 0
+    assert run(train, "--table", tmp_path) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5 == len((tmp_path / "results.csv").read_text().splitlines())
-    assert lines[1].split()[0] == "dense"
-    for content in ("{}", "[]", "{"):
-        (tmp_path / "tsa" / "result.json").write_text(content)
-        assert train.main(["--table", str(tmp_path)]) == 2
-        one_line(capsys, "damaged", "tsa")
+    assert lines[1].split()[:2] == ["dense", "dense"]
+    curves = plot.read_curves(tmp_path / "results.csv")
+    assert curves.keys() == {"dense", "tsa soft, 3 blocks", "exit, 3 blocks", "halt, 3 blocks"}
+    assert len(curves["exit, 3 blocks"]) == len(train.THRESHOLDS)
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # Mistakes
 
-@pytest.mark.parametrize("content, words", [
-    (None, ["not a file"]), (b"", ["empty"]), (b"aaaa" * 99, ["one character"]), (b"abcdef" * 9, ["block_size"]),
-    (b"ab\xff" * 999, ["UTF-8"]), ("folder", ["not a file"]),
-])
-def test_bad_text_is_one_line(tmp_path, capsys, content, words):
-    """A missing, empty, monotonous, short, binary text or a folder: say so, and leave no run behind."""
-    path = tmp_path / "text"
-    if content == "folder":
-        path.mkdir()
-    elif content is not None:
-        path.write_bytes(content)
-    assert run_train("--data", path, "--out_dir", tmp_path / "run") == 2
-    one_line(capsys, *words)
+@pytest.mark.parametrize("content, word", [(b"", "empty"), (b"aaaa" * 99, "one character"),
+                                           (b"abcdef" * 9, "block_size"), (b"ab\xff" * 999, "UTF-8")])
+def test_bad_text_is_one_line(run_train, text_file, tmp_path, capsys, content, word):
+    """An empty, one-character, too short or binary text: say so, and leave no run behind."""
+    text_file.write_bytes(content)
+    refused(capsys, run_train(), word)
     assert not (tmp_path / "run").exists()
 
 
@@ -816,111 +792,82 @@ def test_bad_text_is_one_line(tmp_path, capsys, content, words):
     (["--resume", "--fresh"], ["--fresh"]), (["--n_layer", 0], ["--n_layer"]), (["--n_embd", -1], ["--n_embd"]),
     (["--batch_size", 0], ["--batch_size"]), (["--max_iters", -1], ["--max_iters"]),
     (["--model", "halt", "--gate", "soft"], ["--gate"]), (["--table", "no/such/folder"], ["no finished run"]),
+    (["--data", "no/such/file"], ["not a file"]), (["--data", "."], ["not a file"]),
+    (["--model", "exit", "--n_layer", 2], ["n_layer of 3"]),
 ])
-def test_bad_flags_are_one_line(text_file, tmp_path, capsys, flags, words):
+def test_bad_flags_are_one_line(run_train, capsys, flags, words):
     """Nonsense in a flag is answered by its name, with status 2."""
-    try:
-        status = run_train("--data", text_file, "--out_dir", tmp_path / "run", *flags)
-    except SystemExit as end:
-        status = end.code
-    assert status == 2
-    one_line(capsys, *words)
+    refused(capsys, run_train(*flags), *words)
 
 
-def test_device_is_tried_before_it_is_taken(monkeypatch, capsys):
-    """A driver that is too old must end neither in a traceback nor in silence; cpu:0 is the cpu of every checkpoint."""
-    ones = torch.ones
-
+def test_device_is_tried_before_it_is_taken(monkeypatch):
+    """A GPU that torch lists but cannot use must end neither in a traceback nor, silently, on the CPU."""
     def broken(*shape, device):
-        if device != "cpu":
-            raise RuntimeError("" if device == "mps" else "the driver is too old\nand more")
-        return ones(*shape, device=device)
+        raise RuntimeError("the driver is too old\nand more")
 
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "ones", broken)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert train.pick_device() == "cpu"
-    assert capsys.readouterr().out == "No GPU is used: the driver is too old\n"
-    with pytest.raises(UserError, match="mps cannot be used here .RuntimeError."):      # it has no message
-        train.pick_device("mps")
-    monkeypatch.undo()
-    assert train.pick_device("cpu:0") == "cpu"
+    with pytest.raises(UserError, match="--device cuda cannot be used here .the driver is too old.: .*cpu"):
+        train.pick_device()
 
 
-def test_folder_that_holds_a_run_is_refused(finished, text_file, capsys):
-    """The two ways out are named, and nothing is lost, not even to a text of the same letters."""
-    before = (finished / "ckpt.pt").read_bytes()
-    flags = ["--data", text_file, "--max_iters", 6, *WILD, "--out_dir", finished]
-    capsys.readouterr()
-    assert run_train(*flags) == 2
-    one_line(capsys, "--resume", "--fresh")
+def test_folder_that_holds_a_run_is_refused(finished, run_train, text_file, capsys):
+    """Both ways out are named, and nothing is lost, not even when the text changes but keeps its letters."""
+    before, flags = (finished / "ckpt.pt").read_bytes(), ["--max_iters", 6, *WILD]
+    refused(capsys, run_train(*flags), "--resume", "--fresh")
     assert run_train(*flags, "--resume") == 0
     assert "finished" in capsys.readouterr().out        # what a loop over experiments has done is not done again
-    assert run_train(*flags, "--resume", "--lam", 0.5) == 2
-    one_line(capsys, "--lam 0.5", "0.001")
+    refused(capsys, run_train(*flags, "--resume", "--lam", 0.5), "--lam 0.5", "0.001")
     text_file.write_text(text_file.read_text()[::-1])
     (finished / "result.json").unlink()
-    assert train.main(["--resume", "--device", "cpu", "--out_dir", str(finished)]) == 2
-    one_line(capsys, "has changed")
+    refused(capsys, run(train, "--resume", "--device", "cpu", "--out_dir", finished), "has changed")
     assert (finished / "ckpt.pt").read_bytes() == before
-    assert run_train("--data", text_file, "--max_iters", 1, "--fresh", "--out_dir", finished) == 0
+    assert run_train("--max_iters", 1, "--fresh") == 0
     (finished / "ckpt.pt").unlink()         # to save space, say; its result is still wanted
-    assert run_train("--data", text_file, "--max_iters", 1, "--out_dir", finished) == 2
+    refused(capsys, run_train("--max_iters", 1), "--fresh")
     assert (finished / "result.json").exists()
 
 
-def test_folder_that_cannot_be_written_is_one_line(text_file, tmp_path, capsys):
+def test_folder_that_cannot_be_written_is_one_line(run_train, text_file, capsys):
     """A file in the way of the output folder."""
-    (tmp_path / "out").write_text("")
-    assert run_train("--data", text_file, "--out_dir", tmp_path / "out" / "run") == 2
-    one_line(capsys, str(tmp_path / "out"))
+    refused(capsys, run_train("--out_dir", text_file / "run"), str(text_file))
 
 
 def test_bad_checkpoint_is_one_line_and_runs_no_code(finished, tmp_path, capsys):
-    """Missing, cut, empty, one bit flipped, foreign; and a pickle, which can run anything when it is loaded."""
+    """Missing, cut, empty, foreign; and a pickle, which can run anything when it is loaded."""
     class Bomb:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "exploded"),)
 
     path = finished / "ckpt.pt"
-    whole, saved = path.read_bytes(), torch.load(path, weights_only=True)
-    flipped = bytearray(whole)
-    flipped[len(whole) // 2] ^= 1
-    without_vocab = {key: saved[key] for key in saved if key != "vocab"}
-    capsys.readouterr()
-    for content in (whole[:-100], b"", flipped, Bomb(), {"model": {}}, [1, 2], without_vocab):
-        path.write_bytes(content) if isinstance(content, (bytes, bytearray)) else torch.save(content, path)
-        assert run_sample("--ckpt", path) == 2
-        one_line(capsys, "damaged or not a checkpoint")
+    whole = path.read_bytes()
+    for content in (whole[:-100], b"", Bomb(), {"model": {}}, [1, 2]):
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+        refused(capsys, run_sample("--ckpt", path), "damaged or not a checkpoint")
     path.unlink()
-    assert run_sample("--ckpt", path) == 2
-    one_line(capsys, "cannot be read")
+    refused(capsys, run_sample("--ckpt", path), "cannot be read")
     assert not (tmp_path / "exploded").exists()
-    torch.save({key: saved[key] for key in saved if key != "optimizer"}, path)
-    (finished / "result.json").unlink()
-    assert train.main(["--resume", "--device", "cpu", "--out_dir", str(finished)]) == 2
-    one_line(capsys, "optimizer")
 
 
-def test_failed_compilation_is_one_line(text_file, tmp_path, capsys, monkeypatch):
-    """A missing compiler is the user's to mend or to do without: no page of traceback, and no silent run without it."""
+def test_failed_compilation_is_one_line(run_train, capsys, monkeypatch):
+    """Without a compiler the user gets one line, neither a page of traceback nor a run that silently goes without."""
     def fail(loss):
         raise torch._dynamo.exc.Unsupported("no compiler\nhere")
     monkeypatch.setattr(torch, "compile", fail)
-    flags = ["--data", text_file, "--max_iters", 1, "--out_dir", tmp_path / "a"]
-    assert run_train(*flags, "--compile") == 2
-    one_line(capsys, "--compile", "no compiler")
-    assert run_train(*flags, "--resume") == 0           # without it, as the line says
+    refused(capsys, run_train("--max_iters", 1, "--compile"), "--compile", "no compiler")
+    assert run_train("--max_iters", 1, "--resume") == 0         # without it, as the line says
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # sample.py
 
 def test_unknown_prompt_character_is_named(finished, capsys):
-    """Not a KeyError: the line names the characters, in any terminal."""
-    capsys.readouterr()
-    assert run_sample("--ckpt", finished / "ckpt.pt", "--prompt", "The §") == 2
-    assert "'\\xa7'" in capsys.readouterr().err
-    assert run_sample("--ckpt", finished / "ckpt.pt", "--prompt", "") == 2 == run_sample("--ckpt", HERE / "README.md")
+    """Not a KeyError: the line names the characters, even in a plain-ASCII terminal."""
+    refused_prompts = {"The §": "'\\xa7'", "": "empty"}
+    for prompt, word in refused_prompts.items():
+        capsys.readouterr()
+        assert run_sample("--ckpt", finished / "ckpt.pt", "--prompt", prompt) == 2
+        assert word in capsys.readouterr().err
 
 
 def test_depth_shows_as_colour_or_digit(finished, capsys, monkeypatch):
@@ -952,10 +899,13 @@ def test_depth_shows_as_colour_or_digit(finished, capsys, monkeypatch):
 
 
 def test_sampling_skips_unless_the_gates_are_soft(finished, capsys):
-    """The soft gate, cut, writes rubbish, so it runs as trained, unless the user asks for a cut or another gate."""
+    """Cut to a switch, the soft gate writes rubbish, so it runs as trained unless the user asks for a cut."""
     modes = [tsa.default_mode(Config(model=model, gate=gate)) for model, gate in
              (("tsa", "soft"), ("tsa", "skip"), ("halt", "soft"), ("exit", "soft"))]
     assert modes == ["trained", "gathered", "gathered", "gathered"]
+    for model, is_cut in ((tiny("halt", seed=6), True), (tiny(), False)):       # generate itself does the same
+        gates = next(generate(model, tokens(1), 1))[1]
+        assert torch.equal(gates, gates.round()) == is_cut and not gates.requires_grad
     flags, texts = ["--ckpt", finished / "ckpt.pt", "--max_new_tokens", 40], []
     for more, remark in ((["--threshold", 0], "mean depth 1.00 of 3"), (["--gate", "skip"], "gates as gathered"),
                          (["--seed", 1], "gates as trained"), (["--seed", 2], "add --mode gathered"),
@@ -979,32 +929,35 @@ def test_map_has_a_box_for_each_gate(finished, tmp_path):
     assert run_sample(*flags, "--prompt", prompt) == 0
     elements = list(ElementTree.parse(tmp_path / "map.svg").iter())
     boxes = [e for e in elements if e.get("opacity")]
-    tokens = torch.tensor([data.encode(prompt, saved["vocab"])])
-    logits, gates = model(tokens[:, :-1])
+    read = torch.tensor([data.encode(prompt, saved["vocab"])])
+    logits, gates = model(read[:, :-1])
     assert [e.get("opacity") for e in boxes[:27]] == [f"{0.08 + 0.92 * gate:.2f}" for gate in
-                                                     stack(gates, tokens[:, 1:]).flatten().tolist()]
-    losses = F.cross_entropy(logits[0], tokens[0, 1:], reduction="none").tolist()
+                                                     stack(gates, read[:, 1:]).flatten().tolist()]
+    losses = F.cross_entropy(logits[0], read[0, 1:], reduction="none").tolist()
     assert [e.get("height") for e in boxes[27:]] == [f"{10 * min(loss, 6):.1f}" for loss in losses]
     words = [e.text for e in elements if e.tag.endswith("text") and len(e.text) == 1]
     assert "".join(words) == "".join(a + b for a, b in zip(prompt, prompt[1:].replace("\n", "⏎")))
     heights = {e.text: float(e.get("y")) for e in elements if e.text and e.text.startswith("block")}
     assert heights["block 0"] > heights["block 2"] and float(boxes[0].get("y")) > float(boxes[9].get("y"))
+    flags = ["--tsa", finished / "ckpt.pt", "--halt", finished / "ckpt.pt", "--prompt", prompt]
+    assert run(figure, *flags, "--out", tmp_path / "map.svg") == 0          # the README's: three of these
+    assert (tmp_path / "map.svg").read_text(encoding="utf-8").count("opacity") == 3 * 9 * (3 + 1)
 
 
 def test_both_programs_run_as_programs(text_file, tmp_path):
     """As a user starts them, from another folder, with a plain-ASCII terminal: train, then sample the newest run."""
-    def run(program, *flags):
+    def start(program, *flags):
         environment = os.environ | {"PYTHONIOENCODING": "ascii:strict", "CUDA_VISIBLE_DEVICES": ""}
         return subprocess.run([sys.executable, str(HERE / program), "--device", "cpu", *flags], cwd=tmp_path,
                               env=environment, capture_output=True, text=True, timeout=120)
-    if sample.SHIPPED.exists():
-        done = run("sample.py", "--max_new_tokens", "20")
-        assert done.returncode == 0 and "comes with the code" in done.stderr, done.stderr
+    done = start("sample.py", "--max_new_tokens", "20")
+    assert done.returncode == 0 and "comes with the code" in done.stderr, done.stderr
     text_file.write_text("häuser über flüsse\n" * 60, encoding="utf-8")
-    done = run("train.py", "--data", str(text_file), "--n_layer", "3", "--n_embd", "16", "--block_size", "16",
-               "--max_iters", "2", "--model", "exit")
+    done = start("train.py", "--data", str(text_file), "--n_layer", "3", "--n_embd", "16", "--block_size", "16",
+                 "--max_iters", "2")
     assert done.returncode == 0 and "ln(12)" in done.stdout, done.stderr
-    done = run("sample.py", "--max_new_tokens", "40", "--temperature", "0", "--prompt", "h")
+    assert (tmp_path / "out" / "tsa-soft" / "log.csv").exists()
+    done = start("sample.py", "--max_new_tokens", "40", "--temperature", "0", "--prompt", "h")
     assert done.returncode == 0 and done.stdout.startswith("h"), done.stderr
 
 
@@ -1012,9 +965,9 @@ def test_both_programs_run_as_programs(text_file, tmp_path):
 # report/
 
 @pytest.mark.parametrize("settings", HARD)
-@pytest.mark.parametrize("decode", [False, True])
-def test_counted_multiply_adds_are_what_ran(settings, decode, monkeypatch):
-    """PyTorch counts the products, attention its own shapes: no table may promise more than was skipped."""
+@pytest.mark.parametrize("keep, decode", [(0.6, False), (0.6, True), (1, False)])
+def test_counted_multiply_adds_are_what_ran(settings, keep, decode, monkeypatch):
+    """PyTorch counts the products, attention's shapes give the rest: no table may promise more than was skipped."""
     model, idx, keys_read, attend = tiny(**settings), tokens(B=1), [], tsa.attend
 
     def counting(q, k, v, causal, mask, drop):
@@ -1023,7 +976,7 @@ def test_counted_multiply_adds_are_what_ran(settings, decode, monkeypatch):
         return attend(q, k, v, causal, mask, drop)
 
     monkeypatch.setattr(tsa, "attend", counting)
-    gates = None if settings["model"] == "dense" else clock.draw_gates(model.config, idx, 0.6)
+    gates = None if settings["model"] == "dense" else clock.draw_gates(model.config, idx, keep)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         if decode:
             cache = [KV(1, model.config, model.wte.weight) for _ in model.blocks]
@@ -1034,20 +987,16 @@ def test_counted_multiply_adds_are_what_ran(settings, decode, monkeypatch):
     ran = [1.0] * 4 if gates is None else gates.double().mean((1, 2)).tolist()
     # While decoding, token t reads t + 1 keys, where the formula has the average over a full window, T / 2.
     attention = sum(ran) * 16 * 16 if decode else 2 * 16 * sum(keys_read) / 16
-    counted = matrix_flops(counter) / 2 / 16 + attention
-    assert counted == pytest.approx(counts.macs_per_token(model.config, ran, decode))
+    # Fused attention is left out: some versions of PyTorch count it, as if it were not causal, and some do not.
+    products = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op)) / 2
+    assert products / 16 + attention == pytest.approx(counts.macs_per_token(model.config, ran, decode))
 
 
-def test_multiply_adds_by_hand():
-    """Two blocks, width 8, context 4, 5 characters, half of the tokens skipping block 1, each product written out."""
+def test_saved_multiply_adds_by_hand():
+    """Routers that skip nothing cost what they compute; and a row of the report's table, from its saved operations."""
     config = Config(model="tsa", vocab_size=5, block_size=4, n_layer=2, n_head=2, n_embd=8)
-    plain = 4 * 8 * 8 + 2 * 8 * 32 + 2 * 8 * 2      # q k v out; fc proj; scores and values, 2 keys on average
-    skipped, router, head = 2 * 8 * 8, 8 * 16 + 16, 8 * 5
-    gathered = plain + 2 * 8 * 2                    # all 4 keys
-    assert counts.macs_per_token(config, [1, 0.5]) == plain + (gathered + skipped) / 2 + router + head
+    plain, router, head = 12 * 8 * 8 + 2 * 8 * 2, 8 * 16 + 16, 8 * 5        # 2 keys on average, for scores and values
     assert counts.macs_saved(config, [1, 1]) == pytest.approx(-router / (2 * plain + head))
-    exits = Config(model="exit", vocab_size=5, block_size=4, n_layer=3, n_head=2, n_embd=8)
-    assert counts.macs_per_token(exits, [1, 1, 0.25]) == 2 * plain + gathered / 4 + skipped * 0.75 + 2 * head
     config = Config(model="halt", block_size=128, n_head=4, n_embd=128)
     six_layers = counts.macs_per_token(Config("dense", n_head=4, n_embd=128), [1] * 6)
     assert round(1 - counts.macs_of_old_row(config, .194) / six_layers, 3) == .098
@@ -1062,9 +1011,8 @@ def test_rank_correlation_by_counting():
 
 
 def test_depth_of_a_text_covers_every_character(finished, tmp_path):
-    """Kinds share out the whole validation split, and their mean depths make the whole's."""
-    flags = ["--ckpt", str(finished / "ckpt.pt"), "--device", "cpu", "--out", str(tmp_path / "depth.json")]
-    assert train.run_program("report.depth", depth.body, flags) == 0
+    """The kinds of character add up to the whole validation split, and their mean depths to its mean depth."""
+    assert run(depth, "--ckpt", finished / "ckpt.pt", "--device", "cpu", "--out", tmp_path / "depth.json") == 0
     result, whole = (json.loads(path.read_text()) for path in (tmp_path / "depth.json", finished / "result.json"))
     assert result["trained"]["loss"] == pytest.approx(whole["val_loss"], abs=1e-5)
     assert result["executed"]["loss"] == pytest.approx(whole["val_loss_executed"], abs=1e-5)
@@ -1076,7 +1024,7 @@ def test_depth_of_a_text_covers_every_character(finished, tmp_path):
 
 
 def test_chains_are_scored_by_hops():
-    """If hops were wrong, or right and wrong answers exchanged, depth against hops would mean nothing."""
+    """If hops were wrong, or right and wrong answers were swapped, depth against hops would mean nothing."""
     idx, targets = data.load("chain").windows("val", 64, 50)
     hops = depth.hops_of(idx)
     for row, counted in zip(idx.tolist(), hops.tolist()):
@@ -1093,10 +1041,10 @@ def test_chains_are_scored_by_hops():
 
 
 def test_clock_writes_a_row_for_each_way_to_run(finished, tmp_path, monkeypatch):
-    """Every mode at every share and on the model's own gates; the plain model is the measure of all."""
+    """Every mode at every share and on the model's own gates; the plain model is the baseline of them all."""
     monkeypatch.setattr(clock, "BATCHES", {"prefill": (1, 3), "decode": (2,)})
-    flags = ["--ckpt", str(finished / "ckpt.pt"), "--device", "cpu", "--out", str(tmp_path / "c.json")]
-    assert train.run_program("report.clock", clock.body, [*flags, "--seconds", "0"]) == 0
+    flags = ["--ckpt", finished / "ckpt.pt", "--device", "cpu", "--seconds", 0]
+    assert run(clock, *flags, "--out", tmp_path / "c.json") == 0
     rows = json.loads((tmp_path / "c.json").read_text())
     assert len(rows) == 3 * (1 + 2 * 7)
     assert all(row["speedup"] == 1 and row["allowed"] == 1 for row in rows if row["mode"] == "dense")
@@ -1104,23 +1052,18 @@ def test_clock_writes_a_row_for_each_way_to_run(finished, tmp_path, monkeypatch)
     assert clock.filling(gates) == pytest.approx(4 / 3)
 
 
-def test_plot_keeps_models_of_different_depths_apart(text_file, tmp_path, capsys, monkeypatch):
-    """Early exits of two depths are no seeds of each other; and whoever lacks matplotlib is told how to get it."""
-    for n_layer in (3, 4):
-        assert run_train("--model", "exit", "--n_layer", n_layer, "--data", text_file, "--max_iters", 1, "--out_dir",
-                         tmp_path / f"{n_layer}") == 0
-    assert train.main(["--table", str(tmp_path)]) == 0
-    curves = plot.read_curves(tmp_path / "results.csv")
-    assert len(curves) == 2 and all(len(curve) == len(train.THRESHOLDS) for curve in curves.values())
+def test_curves_are_those_of_the_report(tmp_path, capsys, monkeypatch):
+    """Seeds are averaged and depths kept apart; and whoever lacks matplotlib is told how to get it."""
+    curves = plot.read_curves(HERE / "report" / "results.csv")
+    assert len(curves["dense"]) == 5 and len(curves["exit, 6 blocks"]) == 13
+    assert curves["dense"][-1] == pytest.approx([1.286272, 1.5392], abs=1e-4)       # million multiply-adds, loss
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    capsys.readouterr()
-    assert train.run_program("report.plot", plot.body, [str(tmp_path / "results.csv"), str(tmp_path / "p.svg")]) == 2
-    one_line(capsys, "pip install matplotlib")
+    refused(capsys, run(plot, HERE / "report" / "results.csv", tmp_path / "p.svg"), "pip install matplotlib")
 
 
 def test_stripped_checkpoint_samples_alike(finished, tmp_path):
-    """The model that comes with the code is the one that was trained, but for the digits of bfloat16."""
-    assert train.run_program("report.strip", strip.body, [str(finished / "ckpt.pt"), str(tmp_path / "s.pt")]) == 0
+    """The model that comes with the code is the one that was trained, up to bfloat16 rounding."""
+    assert run(strip, finished / "ckpt.pt", tmp_path / "s.pt") == 0
     (small, saved), (model, _) = (train.load_checkpoint(path) for path in (tmp_path / "s.pt", finished / "ckpt.pt"))
     assert "optimizer" not in saved
     torch.testing.assert_close(small(tokens())[0], model(tokens())[0], atol=0.02, rtol=0.02)
@@ -1135,27 +1078,26 @@ def blocks_of_readme():
 
 
 def test_excerpts_of_the_readme_are_in_the_code():
-    """A tutorial that quotes another program than the one it comes with is worse than none."""
+    """A tutorial that quotes a different program from the one it comes with is worse than none."""
     code = " ".join(" ".join((HERE / name).read_text(encoding="utf-8").split()) for name in ("tsa.py", "train.py"))
-    excerpts = [block for block in blocks_of_readme() if "GATES[" not in block or "make_gate" in block]
+    excerpts = [block for block in blocks_of_readme() if "GATES[" not in block]
     assert len(excerpts) >= 4
     for excerpt in excerpts:
         for part in excerpt.split("..."):
             assert " ".join(part.split()) in code, part
 
 
-def test_gate_of_the_readme_works_as_printed(text_file, tmp_path):
+def test_gate_of_the_readme_works_as_printed(run_train, tmp_path, monkeypatch):
     """The first thing a hacker tries is the snippet: it trains as it runs, with the gradient of the soft gate."""
-    snippet = next(block for block in blocks_of_readme() if 'GATES["straight"]' in block)
-    exec(snippet, vars(tsa))
-    try:
-        flags = ["--gate", "straight", "--lam", 0.01, "--data", text_file, "--max_iters", 6]
-        assert run_train(*flags, *WILD, "--out_dir", tmp_path) == 0
-        result = json.loads((tmp_path / "result.json").read_text())
-        assert abs(result["val_loss"] - result["val_loss_executed"]) < 1e-5 and 0 < result["alpha_executed"] < 1
-        p = torch.tensor([0.1, 0.5, 0.9], requires_grad=True)
-        gate = GATES["straight"][0](p, 0.5)
-        gate.sum().backward()
-        assert gate.tolist() == [1, 1, 0] and p.grad.tolist() == [-1, -1, -1]
-    finally:
-        del GATES["straight"]
+    monkeypatch.setitem(GATES, "straight", None)        # pytest takes it out again
+    exec(next(block for block in blocks_of_readme() if 'GATES["straight"]' in block), dict(vars(tsa)))
+    assert run_train("--gate", "straight", "--lam", 0.01, "--max_iters", 6, *WILD) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert abs(result["val_loss"] - result["val_loss_executed"]) < 1e-5 and 0 < result["alpha_executed"] < 1
+    p = torch.tensor([0.1, 0.5, 0.9], requires_grad=True)
+    gate = GATES["straight"][0](p, 0.5)
+    gate.sum().backward()
+    assert gate.tolist() == [1, 1, 0] and p.grad.tolist() == [-1, -1, -1]
+    del GATES["straight"]
+    with pytest.raises(UserError, match="gate 'straight' is unknown"):
+        train.load_checkpoint(tmp_path / "run" / "ckpt.pt")

@@ -15,7 +15,6 @@ import statistics
 import sys
 import time
 import timeit
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -31,19 +30,19 @@ PRESETS = {
     "paper": dict(n_head=8, n_embd=256, block_size=128, batch_size=64, max_iters=5000, learning_rate=3e-4,
                   warmup_iters=0, dropout=0.1, eval_interval=250),                         # section 2
 }
-TASK_PRESET = dict(n_head=4, n_embd=128, block_size=64, batch_size=256, max_iters=390, eval_interval=39)
+TASK_PRESET = dict(n_head=4, n_embd=128, block_size=64, batch_size=256, max_iters=390, eval_interval=39)     # 10 epochs
 OWN_FLAGS = {           # the flags that only some models have, with their defaults
     "dense": {},
     "tsa": dict(gate="soft", lam=0.001, gate_bias=-1.0, threshold=0.5),
     "exit": dict(threshold=0.9),
     "halt": dict(lam=0.01, gate_bias=-1.0, threshold=0.5),
 }
-CONTROLS = ("out_dir", "table", "resume", "fresh", "compile")      # flags that say what to do, not what the run is
+CONTROLS = ("out_dir", "resume", "fresh", "compile")       # flags that say what to do, not what the run is
 MAY_DIFFER = ("device", "eval_interval")                # on --resume; any other difference makes another run
 LOG_INTERVAL = 20
 EVAL_WINDOWS = 64       # scored while training, always the same; the end scores the whole validation split
-TABLE_COLUMNS = ("run", "data", "n_layer", "n_embd", "lam", "seed", "step", "val_loss", "val_loss_executed", "alpha",
-                 "alpha_executed", "tlops_saved_executed", "tokens_per_s")
+TABLE_COLUMNS = ("run", "model", "gate", "n_layer", "lam", "seed", "max_iters", "val_loss", "val_loss_executed",
+                 "alpha", "alpha_executed", "tlops_saved_executed", "tokens_per_s")
 THRESHOLDS = (.99, .95, .90, .85, .80, .75, .70, .65, .60, .55, .50, .40, .30)      # the paper's early-exit sweep
 
 
@@ -69,7 +68,7 @@ def number(kind, low, high):
 
 
 def make_parser():
-    """Flags that are not given stay out of what it parses."""
+    """The parser of the flags. One that is not given is absent from what it returns, so that presets can fill it in."""
     size, laptop = number(int, 1, 1_000_000), PRESETS["laptop"]
     parser = Parser(prog="train.py", description="Train a Token-Selective Attention model, or one to compare it with. "
                     "In brackets: what is taken where a flag is not given.", argument_default=argparse.SUPPRESS)
@@ -150,17 +149,13 @@ def reason(error):
 
 
 def pick_device(name=None):
-    """The device of that name, tried with a small product; without a name the first of cuda, mps and cpu that works."""
-    for device in [name] if name else ["cuda", "mps", "cpu"]:
-        try:
-            ones = torch.ones(8, 8, device=device)
-            (ones @ ones).sum().item()
-            return "cpu" if ones.device.type == "cpu" else device       # cpu:0 is the cpu
-        except Exception as error:      # torch raises many kinds
-            if name:
-                raise UserError(f"--device {name} cannot be used here ({reason(error)}): leave it out, or take cpu")
-            if device == "cuda" and torch.version.cuda:
-                print(f"No GPU is used: {reason(error)}")
+    """The device of that name, by default the best that torch finds; UserError where it cannot be used."""
+    name = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        torch.ones(8, device=name).sum().item()
+    except Exception as error:      # torch raises many kinds
+        raise UserError(f"--device {name} cannot be used here ({reason(error)}): take another, or cpu")
+    return name
 
 
 def multiplies_faster_in_bfloat16(device):
@@ -175,7 +170,7 @@ def multiplies_faster_in_bfloat16(device):
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Checkpoints and tables
+# Checkpoints and csv files
 
 def save_checkpoint(path, **contents):
     buffer = io.BytesIO()
@@ -186,17 +181,9 @@ def save_checkpoint(path, **contents):
 def load_checkpoint(path, device="cpu"):
     """ckpt.pt -> the model on `device`, in eval mode, and the dictionary that was saved; UserError if it is no good."""
     try:
-        with zipfile.ZipFile(path) as archive:      # torch does not check the sums that it writes
-            if damaged := archive.testzip():
-                raise ValueError(f"{damaged} is damaged")
         saved = torch.load(path, map_location=device, weights_only=True)
-        missing = {"config", "flags", "vocab", "prompt", "new_tokens", "digest", "step", "model"} - saved.keys()
-        if missing:
-            raise ValueError(f"it has no {' and no '.join(sorted(missing))}")
         model = build(Config(**saved["config"]))
         model.load_state_dict(saved["model"])
-    except UserError:       # a gate of the user's own that is no longer in GATES
-        raise
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): train first, or give another checkpoint")
     except Exception as error:      # damaged and foreign files fail in many ways
@@ -222,26 +209,6 @@ def write_csv(path, rows):
     data.write_atomic(path, text.getvalue().encode("utf-8"))
 
 
-def print_table(folder):
-    """Print the finished runs below `folder`, a line each, and write all that is known of them to results.csv."""
-    rows, lines = [], [TABLE_COLUMNS]
-    for path in sorted(Path(folder).rglob("result.json")):
-        try:
-            rows.append({"run": path.parent.relative_to(folder).as_posix()} | json.loads(path.read_text("utf-8")))
-            cells = [rows[-1][column] for column in TABLE_COLUMNS]
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"--table {folder}: {path} is damaged ({reason(error)}): delete it")
-        cells = ["-" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells]
-        lines.append(cells)
-    if not rows:
-        raise UserError(f"--table {folder}: there is no finished run (result.json) below it")
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for line in lines:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
-    write_csv(Path(folder) / "results.csv", rows)
-    return 0
-
-
 # ----------------------------------------------------------------------------------------------------------------
 # Evaluation
 
@@ -251,7 +218,6 @@ def evaluate(model, windows, mode, batch_size=64):
     Score windows (idx, targets), both (n, T), in float32 -> a dictionary of loss, a mean over the scored tokens;
     alpha_by_block, the mean gates of blocks 1 ... L-1; and ran, the share of tokens that took each of the L blocks.
     """
-    was_training = model.training
     model.eval()
     idx, targets = windows
     loss, gate_sum, ran = 0, 0, 0
@@ -260,14 +226,22 @@ def evaluate(model, windows, mode, batch_size=64):
         gates = stack(used, x)                                                             # (L, B, T)
         loss += cross_entropy(logits, y).sum().item()
         gate_sum += gates.sum((1, 2)).cpu().double()        # mps has no float64
-        ran += (gates > 0).sum((1, 2)).cpu()
-    model.train(was_training)
+        ran += (gates != 0).sum((1, 2)).cpu()
     return {"loss": loss / (targets >= 0).sum().item(), "alpha_by_block": (gate_sum[1:] / idx.numel()).tolist(),
             "ran": (ran / idx.numel()).tolist()}
 
 
 def mean(numbers):
-    return sum(numbers) / max(len(numbers), 1)
+    return sum(numbers) / max(len(numbers), 1)      # 0 over the gates of a model of one block
+
+
+def score(model, windows):
+    """As trained and as executed: what log.csv and result.json say of a model."""
+    trained, executed = evaluate(model, windows, "trained"), evaluate(model, windows, "gathered")
+    return {"val_loss": trained["loss"], "alpha": mean(trained["alpha_by_block"]),
+            "alpha_by_block": trained["alpha_by_block"], "val_loss_executed": executed["loss"],
+            "alpha_executed": mean(executed["ran"][1:]), "ran": executed["ran"],
+            "tlops_saved_executed": tlops_saved(executed["ran"])}
 
 
 def sweep_exits(model, windows):
@@ -275,47 +249,13 @@ def sweep_exits(model, windows):
     rows, own = [], model.config.threshold
     for threshold in THRESHOLDS:
         model.config.threshold = threshold
-        score = evaluate(model, windows, "gathered")
-        rows.append({"threshold": threshold, "val_loss": score["loss"], "alpha": mean(score["ran"][1:]),
-                     "tlops_saved": tlops_saved(score["ran"]), "ran": score["ran"]})
+        executed = evaluate(model, windows, "gathered")
+        rows.append({"threshold": threshold, "val_loss": executed["loss"], "ran": executed["ran"],
+                     "tlops_saved": tlops_saved(executed["ran"])})
         print("threshold {threshold:.2f}: loss {val_loss:.4f}, saving {tlops_saved:.1%} of token-layer operations"
               .format(**rows[-1]))
     model.config.threshold = own
     return rows
-
-
-def score_probes(model, corpus):
-    """A few windows, always the same, scored as trained and as executed -> columns of the log."""
-    columns = {}
-    for split in ("train", "val"):
-        windows = corpus.windows(split, model.config.block_size, EVAL_WINDOWS)
-        executed = evaluate(model, windows, "gathered")
-        columns |= {f"{split}_loss": evaluate(model, windows, "trained")["loss"],
-                    f"{split}_loss_executed": executed["loss"]}
-    return columns | {"alpha_executed": mean(executed["ran"][1:]), "tlops_saved_executed": tlops_saved(executed["ran"])}
-
-
-def count_parameters(model):
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def score_run(model, corpus, flags):
-    """After the last step: the whole validation split, as trained and as executed -> what result.json holds."""
-    windows = corpus.windows("val", model.config.block_size)
-    print(f"scoring the whole validation split, {windows[0].numel():,} tokens, as trained and as executed")
-    trained, executed = evaluate(model, windows, "trained"), evaluate(model, windows, "gathered")
-    has_routers = flags["gate_bias"] is not None
-    result = dict(flags) | {
-        "n_params": count_parameters(model), "step": flags["max_iters"],
-        "val_loss": trained["loss"], "val_bpc": trained["loss"] / math.log(2),
-        "alpha": mean(trained["alpha_by_block"]) if has_routers else None,
-        "alpha_by_block": trained["alpha_by_block"] if has_routers else None,
-        "val_loss_executed": executed["loss"], "alpha_executed": mean(executed["ran"][1:]), "ran": executed["ran"],
-        "tlops_saved_executed": tlops_saved(executed["ran"])}
-    if flags["model"] == "exit":
-        print(f"sweeping early exit over {len(THRESHOLDS)} thresholds")
-        result["thresholds"] = sweep_exits(model, windows)
-    return result
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -342,27 +282,14 @@ def schedule(step, warmup_iters, max_iters):
     return min(step / max(warmup_iters, 1), 1) * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def stop_on_signal():
-    """From here Ctrl-C and SIGTERM only fill the list returned, which the loop looks at; a second one kills."""
-    received = []
-
-    def handle(signum, frame):
-        received.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
-
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, handle)
-    return received
-
-
 def train(given):
     """One run, from the flags that were given -> exit status."""
     keep_freed_memory()
     controls = {flag: given.pop(flag, None) for flag in CONTROLS}
-    name = given.get("model", "tsa")
-    if name == "tsa":
-        name += f"-{given.get('gate', 'soft')}"
-    out_dir = Path(controls["out_dir"] or f"out/{name}")
+    folder = given.get("model", "tsa")
+    if folder == "tsa":
+        folder += f"-{given.get('gate', 'soft')}"
+    out_dir = Path(controls["out_dir"] or f"out/{folder}")
     ckpt_path, log_path, result_path = out_dir / "ckpt.pt", out_dir / "log.csv", out_dir / "result.json"
     resumes = controls["resume"] and ckpt_path.exists()
     if (ckpt_path.exists() or result_path.exists()) and not resumes and not controls["fresh"]:
@@ -381,24 +308,21 @@ def train(given):
     else:
         corpus = data.load(given.get("data"))
         flags = new_flags(given, corpus.name, device)
-        corpus.check(flags["block_size"])
+        corpus.check_block_size(flags["block_size"])
         fields = {field: flags[field] for field in Config.__dataclass_fields__ if field != "vocab_size"}
         seed_step(flags["seed"], 0)
         model = build(Config(vocab_size=len(corpus.vocab), **fields)).to(device)
-        saved = {"step": 0, "seconds": 0.0, "rows": []}
-    config, step, rows, max_iters = model.config, saved["step"], saved.get("rows", []), flags["max_iters"]
-    digest = corpus.digest()
+        saved = {"step": 0, "seconds": 0.0, "rows": [], "digest": corpus.digest()}
+    config, step, rows, max_iters = model.config, saved["step"], saved["rows"], flags["max_iters"]
     corpus.to(device)
     optimizer = make_optimizer(model, flags["learning_rate"])
     if resumes:
-        if "optimizer" not in saved:
-            raise UserError(f"{ckpt_path} has no optimizer, so it cannot be trained on: take another --out_dir")
         optimizer.load_state_dict(saved["optimizer"])
     out_dir.mkdir(parents=True, exist_ok=True)
     result_path.unlink(missing_ok=True)
     print(*(f"{flag}={value}" for flag, value in flags.items() if value is not None))
-    print(f"{config.model}: {count_parameters(model):,} parameters on {device}, blocks in {flags['dtype']}; "
-          f"{corpus.describe()}; results go to {out_dir}")
+    n_params = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{n_params:,} parameters; results go to {out_dir}")
 
     def save():
         if not finite:
@@ -406,29 +330,33 @@ def train(given):
                             f"with a lower --learning_rate")
         write_csv(log_path, rows)
         save_checkpoint(ckpt_path, config=vars(config), vocab=corpus.vocab, prompt=corpus.prompt,
-                        new_tokens=corpus.new_tokens, digest=digest, flags=flags, step=step, rows=rows,
+                        new_tokens=corpus.new_tokens, digest=saved["digest"], flags=flags, step=step, rows=rows,
                         model=model.state_dict(), optimizer=optimizer.state_dict(),
                         seconds=saved["seconds"] + time.perf_counter() - began)
 
     began, finite = time.perf_counter(), torch.tensor(True, device=device)
+    probe = corpus.windows("val", config.block_size, EVAL_WINDOWS)
     if not resumes:
-        rows.append({"step": 0} | score_probes(model, corpus))
+        rows.append({"step": 0} | score(model, probe))
         print(f"step 0: validation loss {rows[0]['val_loss']:.4f}, where guessing blindly is ln({len(corpus.vocab)}) = "
               f"{math.log(len(corpus.vocab)):.4f}")
         save()
-    model.train()
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=flags["dtype"] == "bfloat16")
     loss_of = torch.compile(model.loss) if controls["compile"] else model.loss
-    stop, first_step, lap, lap_step = stop_on_signal(), step, time.perf_counter(), step
+    first_step, lap, lap_step = step, time.perf_counter(), step
+    stop = []       # from here on Ctrl-C and SIGTERM only fill it: the loop ends after its step, and saves
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda received, frame: stop.append(received))
     while step < max_iters and not stop:
         step += 1
+        model.train()       # scoring leaves it in eval mode
         seed_step(flags["seed"], step)
         for group in optimizer.param_groups:
             group["lr"] = flags["learning_rate"] * schedule(step, flags["warmup_iters"], max_iters)
         lam = flags["lam"] or 0
         if config.model == "halt":
             lam *= min(2 * step / max_iters, 1)     # at first no block is worth its price
-        idx, targets = corpus.batch("train", flags["batch_size"], config.block_size)       # (B, T)
+        idx, targets = corpus.batch(flags["batch_size"], config.block_size)       # (B, T)
         with autocast:
             task, gates = loss_of(idx, targets)                                            # gates (L, B, T)
             loss = task + lam * gates[1:].mean() if lam else task                          # the paper's total
@@ -447,18 +375,16 @@ def train(given):
         line = f"step {step}/{max_iters}  loss {row['loss']:.4f}"
         if flags["lam"] is not None:
             by_block = gates.detach()[1:].mean((1, 2)).tolist()
-            row |= {"depth_loss": mean(by_block), "alpha_by_block": " ".join(f"{alpha:.3f}" for alpha in by_block)}
-            line += (f" = task {row['task_loss']:.4f} + {lam:.3g} * depth {row['depth_loss']:.4f}  alpha by block "
-                     f"{row['alpha_by_block']}")
+            row |= {"depth_loss": mean(by_block), "depth_by_block": " ".join(f"{alpha:.3f}" for alpha in by_block)}
+            line += (f" = task {row['task_loss']:.4f} + {lam:.3g} * depth {row['depth_loss']:.4f}  by block "
+                     f"{row['depth_by_block']}")
         left = int((now - began) / (step - first_step) * (max_iters - step))
         print(f"{line}  {row['tokens_per_s']:,} tokens/s  {left // 60}:{left % 60:02d} left")
         rows.append(row)
         if evaluates:
-            row |= score_probes(model, corpus)
-            print("evaluation: as trained val loss {val_loss:.4f}, train {train_loss:.4f}; as executed val "
-                  "{val_loss_executed:.4f}, train {train_loss_executed:.4f} at alpha {alpha_executed:.3f}, saving "
+            row |= score(model, probe)
+            print("validation loss {val_loss:.4f} as trained, {val_loss_executed:.4f} as executed, saving "
                   "{tlops_saved_executed:.1%} of token-layer operations".format(**row))
-        if evaluates or not finite:
             save()
         lap, lap_step = time.perf_counter(), step
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -468,12 +394,17 @@ def train(given):
         print(f"stopped at step {step} of {max_iters} and saved: --resume goes on")
         return 128 + stop[0]
 
-    result = score_run(model, corpus, flags) | {
+    windows = corpus.windows("val", config.block_size)
+    print(f"scoring the whole validation split, {windows[0].numel():,} tokens, as trained and as executed")
+    result = flags | {"n_params": n_params} | score(model, windows) | {
         "tokens_per_s": statistics.median(row["tokens_per_s"] for row in rows[1:]),
         "seconds": round(saved["seconds"] + time.perf_counter() - began, 1), "torch": torch.__version__}
+    if config.model == "exit":
+        print(f"sweeping early exit over {len(THRESHOLDS)} thresholds")
+        result["thresholds"] = sweep_exits(model, windows)
     data.write_atomic(result_path, json.dumps(result, indent=1).encode("utf-8"))
-    print("validation loss {val_loss:.4f} ({val_bpc:.4f} bits per character) as trained, {val_loss_executed:.4f} as "
-          "executed, saving {tlops_saved_executed:.1%} of token-layer operations; {seconds:.0f} s".format(**result))
+    print("validation loss {val_loss:.4f} as trained, {val_loss_executed:.4f} as executed, saving "
+          "{tlops_saved_executed:.1%} of token-layer operations; {seconds:.0f} s".format(**result))
     print(f"\nA sample (python sample.py --ckpt {ckpt_path} for more):\n{corpus.prompt}", end="")
     idx = torch.tensor([data.encode(corpus.prompt, corpus.vocab)], device=device)
     for idx_next, _ in generate(model, idx, min(corpus.new_tokens, 200), top_k=20):
@@ -482,13 +413,33 @@ def train(given):
     return 0
 
 
-def run_program(name, body, argv=None):
-    """body(argv) -> exit status. A user's mistake becomes one line on stderr and status 2."""
+# ----------------------------------------------------------------------------------------------------------------
+# Tables and the command line
+
+def print_table(folder):
+    """Print the finished runs below `folder`, a line each, and write all that is known of them to results.csv."""
+    rows, lines = [], [TABLE_COLUMNS]
+    for path in sorted(Path(folder).rglob("result.json")):
+        rows.append({"run": path.parent.relative_to(folder).as_posix()} | json.loads(path.read_text("utf-8")))
+        cells = [rows[-1].get(column) for column in TABLE_COLUMNS]
+        lines.append(["-" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+                      for cell in cells])
+    if not rows:
+        raise UserError(f"--table {folder}: there is no finished run (result.json) below it")
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
+    write_csv(Path(folder) / "results.csv", rows)
+    return 0
+
+
+def run_program(name, main, argv=None):
+    """main(argv) -> exit status. A user's mistake becomes one line on stderr and status 2."""
     if hasattr(sys.stdout, "reconfigure"):      # a notebook's has not
         # A terminal may lack a character, which must not end a run; and a pipe shall show each line at once.
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
-        return body(argv)
+        return main(argv)
     except BrokenPipeError:     # | head has seen enough; what is left to flush must not complain either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -506,14 +457,10 @@ def run_program(name, body, argv=None):
     return 2
 
 
-def body(argv):
+def main(argv):
     given = vars(make_parser().parse_args(argv))
     return print_table(given["table"]) if "table" in given else train(given)
 
 
-def main(argv=None):
-    return run_program("train.py", body, argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program("train.py", main))

@@ -7,7 +7,7 @@ idea is a gate per token and block, which scales both residual updates of the bl
     h = h + gate * attn(ln1(h))                                                       (1)
     h = h + gate * ffn(ln2(h))                                                        (2)
 
-In the paper a router reads h after each block, and its halting probability p makes the gate of the next block:
+In the paper a router reads h after every block but the last, and its halting probability p makes the next block's gate:
 
     p = sigmoid(W2 relu(W1 h + b1) + b2)                                              (3)
     gate = 1 - p                                                                      (4)
@@ -250,8 +250,9 @@ class Transformer(nn.Module):
         """
         idx (B, T) -> logits (B, T, V) float32, and the list of L gates that ran.
 
-        gates (L, B, T), bools for switches, are replayed in place of the model's own, which are still computed, so that
-        a replay costs what a run costs. cache is a list of L KV: first empty, for T tokens, and then T = 1.
+        gates (L, B, T), bools for switches, are replayed in place of the model's own (tests and report/ do that). These
+        are still computed, so that a replay costs what a run costs. cache is a list of L KV: first empty, for T tokens,
+        and then T = 1.
         """
         assert mode in MODES, mode
         x, gate, used = self.embed(idx, cache), None, []
@@ -323,7 +324,7 @@ class Exit(Transformer):
             return None
         if gate is None:
             return self.is_unsure(l - 1, x)
-        # On enwik8 the head costs more than a block, so only tokens that are still in are asked.
+        # Only tokens that are still in are asked: where the vocabulary is large, a head costs more than a block.
         return gate.masked_scatter(gate, self.is_unsure(l - 1, x[gate]))
 
     def is_unsure(self, l, x):
@@ -331,6 +332,7 @@ class Exit(Transformer):
         return F.softmax(self.logits(self.norms[l](x)), dim=-1).amax(-1) <= self.config.threshold
 
     def read_out(self, x, used):
+        # One head for all: each token with the weights of the LayerNorm of the last block that it took.
         last = stack(used, x[..., 0]).sum(0).long() - 1                                    # (B, T): the last block run
         weight = torch.stack([norm.weight for norm in self.norms])[last]                   # (B, T, C)
         bias = torch.stack([norm.bias for norm in self.norms])[last]

@@ -80,7 +80,7 @@ def clock(dense, model, text, work, B, seconds, device):
     cases = [("dense", "none", draw_gates(config, idx, 1.0), prepare(dense, idx, "trained", None))]
     for mode in ("masked", "gathered"):
         if text is not None:
-            cases.append((mode, "own", stack(model(idx, mode)[1], idx) > 0, prepare(model, idx, mode, None)))
+            cases.append((mode, "own", stack(model(idx, mode)[1], idx) != 0, prepare(model, idx, mode, None)))
         for keep in KEEPS:
             gates = draw_gates(config, idx, keep)
             cases.append((mode, f"random {keep}", gates, prepare(model, idx, mode, gates)))
@@ -106,7 +106,7 @@ def clock(dense, model, text, work, B, seconds, device):
     return rows
 
 
-def body(argv):
+def main(argv):
     parser = Parser(prog="report.clock", description="Time the plain model, masked and gathered.")
     parser.add_argument("--ckpt", type=Path, help="time this model, with its own gates too (default: random weights)")
     parser.add_argument("--threshold", type=number(float, 0, 1), help="run it with another threshold than in training")
@@ -144,4 +144,4 @@ def body(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(run_program("report.clock", body))
+    sys.exit(run_program("report.clock", main))

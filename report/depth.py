@@ -49,7 +49,7 @@ def permuted_loss(model, windows, mode, gates):
     order = torch.rand(windows[0].shape, device=gates.device).argsort(0)                   # (n, T)
     gates = gates.gather(1, order.expand_as(gates))
     if model.config.model != "tsa":     # the other models have switches
-        gates = gates > 0
+        gates = gates != 0
     return read(model, windows, mode, gates)[0]
 
 
@@ -136,7 +136,7 @@ def draw_histogram(figure, gates):
     figure.supxlabel("gate", fontsize=10)
 
 
-def body(argv):
+def main(argv):
     parser = Parser(prog="report.depth", description="Set depth against difficulty on the validation split.")
     parser.add_argument("--ckpt", type=Path, required=True, help="the model to look at")
     parser.add_argument("--plain", type=Path, help="a plain model of the same text, to say what is difficult")
@@ -165,7 +165,7 @@ def body(argv):
     result = {"ckpt": str(args.ckpt), "config": vars(config), "n": {group: len(at) for group, at in groups.items()}}
     for name, mode in (("trained", "trained"), ("executed", "gathered")):
         loss, right, _, gates = read(model, windows, mode)
-        taken = gates if mode == "trained" else (gates > 0).float()                        # (L, n, T)
+        taken = gates if mode == "trained" else (gates != 0).float()                        # (L, n, T)
         by_block = taken.double().mean((1, 2)).tolist()
         row = result[name] = {"loss": loss, "alpha": mean(by_block[1:]), "gate by block": by_block}
         if mode == "trained":
@@ -192,4 +192,4 @@ def body(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(run_program("report.depth", body))
+    sys.exit(run_program("report.depth", main))

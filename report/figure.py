@@ -14,7 +14,7 @@ from train import Parser, run_program
 from tsa import UserError
 
 
-def body(argv):
+def main(argv):
     parser = Parser(prog="report.figure", description="Draw one sentence through two models.")
     parser.add_argument("--tsa", type=Path, required=True, help="checkpoint of the paper's model")
     parser.add_argument("--halt", type=Path, required=True, help="checkpoint of a halting model")
@@ -37,4 +37,4 @@ def body(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(run_program("report.figure", body))
+    sys.exit(run_program("report.figure", main))

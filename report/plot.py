@@ -78,7 +78,7 @@ def read_curves(path):
             for label, settings in curves.items()}
 
 
-def body(argv):
+def main(argv):
     parser = Parser(prog="report.plot", description="Draw loss against multiply-adds, both as executed.")
     parser.add_argument("csv", type=Path, help="results.csv of train.py --table")
     parser.add_argument("svg", type=Path, help="where the picture goes")
@@ -101,4 +101,4 @@ def body(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(run_program("report.plot", body))
+    sys.exit(run_program("report.plot", main))

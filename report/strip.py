@@ -11,7 +11,7 @@ import torch
 from train import Parser, load_checkpoint, run_program, save_checkpoint
 
 
-def body(argv):
+def main(argv):
     parser = Parser(prog="report.strip", description="Write a checkpoint with nothing but what sample.py needs.")
     parser.add_argument("source", type=Path, help="a run's ckpt.pt")
     parser.add_argument("target", type=Path, help="where the small one goes")
@@ -24,4 +24,4 @@ def body(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(run_program("report.strip", body))
+    sys.exit(run_program("report.strip", main))
