@@ -323,6 +323,7 @@ def train(given):
     print(*(f"{flag}={value}" for flag, value in flags.items() if value is not None))
     n_params = sum(parameter.numel() for parameter in model.parameters())
     print(f"{n_params:,} parameters; results go to {out_dir}")
+    began, finite = time.perf_counter(), torch.tensor(True, device=device)
 
     def save():
         if not finite:
@@ -334,7 +335,6 @@ def train(given):
                         model=model.state_dict(), optimizer=optimizer.state_dict(),
                         seconds=saved["seconds"] + time.perf_counter() - began)
 
-    began, finite = time.perf_counter(), torch.tensor(True, device=device)
     probe = corpus.windows("val", config.block_size, EVAL_WINDOWS)
     if not resumes:
         rows.append({"step": 0} | score(model, probe))
@@ -343,7 +343,7 @@ def train(given):
         save()
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=flags["dtype"] == "bfloat16")
     loss_of = torch.compile(model.loss) if controls["compile"] else model.loss
-    first_step, lap, lap_step = step, time.perf_counter(), step
+    lap, lap_step = time.perf_counter(), step
     stop = []       # from here on Ctrl-C and SIGTERM only fill it: the loop ends after its step, and saves
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda received, frame: stop.append(received))
@@ -378,7 +378,7 @@ def train(given):
             row |= {"depth_loss": mean(by_block), "depth_by_block": " ".join(f"{alpha:.3f}" for alpha in by_block)}
             line += (f" = task {row['task_loss']:.4f} + {lam:.3g} * depth {row['depth_loss']:.4f}  by block "
                      f"{row['depth_by_block']}")
-        left = int((now - began) / (step - first_step) * (max_iters - step))
+        left = int((now - began) / (step - saved["step"]) * (max_iters - step))
         print(f"{line}  {row['tokens_per_s']:,} tokens/s  {left // 60}:{left % 60:02d} left")
         rows.append(row)
         if evaluates:

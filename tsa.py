@@ -7,7 +7,7 @@ idea is a gate per token and block, which scales both residual updates of the bl
     h = h + gate * attn(ln1(h))                                                       (1)
     h = h + gate * ffn(ln2(h))                                                        (2)
 
-In the paper a router reads h after every block but the last, and its halting probability p makes the next block's gate:
+After every block but the last, the paper's router reads h and gives the probability p of skipping the next block:
 
     p = sigmoid(W2 relu(W1 h + b1) + b2)                                              (3)
     gate = 1 - p                                                                      (4)
@@ -63,7 +63,7 @@ class Config:
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Gate designs: this is the place to hack. A design is two functions of the halting probability p (B, T): the gate that
+# Gate designs: this is the place to hack. A design is two functions of the router's probability p (B, T): the gate that
 # training sees and the gate that inference runs. Return floats for a scale and bools for a switch.
 
 def soft(p, threshold):
@@ -75,7 +75,7 @@ def binary(p, threshold):
     return p <= threshold
 
 def skip(p, threshold):
-    """The scale that was trained, except that nearly halted tokens skip the block."""
+    """The scale that was trained, except that a token whose gate is nearly closed skips the block."""
     return (1 - p) * (p <= threshold)
 
 GATES = {"soft": (soft, binary), "skip": (soft, skip)}      # --gate: (training sees, inference runs)
@@ -92,7 +92,7 @@ class Router(nn.Module):
         nn.init.constant_(self.out.bias, config.gate_bias)
 
     def forward(self, h):
-        # The sigmoid is always float32: in bfloat16, 1 - p would round to 0 for a token that is nearly halted.
+        # The sigmoid is always float32: in bfloat16, 1 - p would round to 0 where p is near 1.
         return torch.sigmoid(self.out(F.relu(self.fc(h))).squeeze(-1).float())
 
 
@@ -250,9 +250,9 @@ class Transformer(nn.Module):
         """
         idx (B, T) -> logits (B, T, V) float32, and the list of L gates that ran.
 
-        gates (L, B, T), bools for switches, are replayed in place of the model's own (tests and report/ do that). These
-        are still computed, so that a replay costs what a run costs. cache is a list of L KV: first empty, for T tokens,
-        and then T = 1.
+        gates (L, B, T), bools for switches, are replayed in place of the model's own, as tests and report/ do. Its own
+        are computed all the same, so that a replay costs what a run costs. cache is a list of L KV: the first call may
+        bring any T, later ones T = 1.
         """
         assert mode in MODES, mode
         x, gate, used = self.embed(idx, cache), None, []
@@ -311,8 +311,8 @@ class TSA(Transformer):
 class Exit(Transformer):
     """
     Early exit (Elbayad et al. 2020, arXiv 1910.10073). Training reads every token out after every block, with a
-    LayerNorm per block and the tied head. At inference a token leaves after the first block past the stem in which its
-    largest softmax probability exceeds the threshold, and is read out with the LayerNorm of that block.
+    LayerNorm per block and the tied head. At inference a token leaves once its largest softmax probability exceeds the
+    threshold, though not after the stem, and is read out with the LayerNorm of the last block that it took.
     """
 
     def __init__(self, config):
@@ -359,7 +359,7 @@ class Halt(Transformer):
 
         0.4 * sum over l of survive_l p_l CE_l      where a token halts, it should predict well
       + 0.1 * mean of CE_l over l > 0               a block that few reach must still learn
-      + 0.5 * CE_{L-1}                              without this share all routers close
+      + 0.5 * CE_{L-1}                              without this share every token halts at once
       + lam * mean of survive_l over l > 0          the price of depth                                   (5)
 
     No gate scales anything: routers learn where to stop, not how much to add. train.py raises lam from 0 over the first
