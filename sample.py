@@ -189,7 +189,6 @@ def main(argv):
         draw_map(model, saved, args, mode, device)
     else:
         write_text(model, saved, args, mode, device)
-    return 0
 
 
 if __name__ == "__main__":

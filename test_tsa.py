@@ -683,6 +683,7 @@ def test_paper_preset_is_the_papers():
     assert {flag: flags[flag] for flag in expected} == expected
     assert flags_of(device="cuda:0")["n_embd"] == 256 and flags_of()["n_embd"] == 128
     assert flags_of("--preset", "paper", corpus="enwik8")["block_size"] == 256
+    assert flags_of("--model", "halt")["lam"] == 0.01 and flags_of("--model", "halt", device="cuda")["lam"] == 0.125
     copy = flags_of("--preset", "paper", corpus="copy")
     expected = dict(n_embd=128, n_head=4, block_size=64, batch_size=256, max_iters=390, lam=0.01, learning_rate=3e-4)
     assert {flag: copy[flag] for flag in expected} == expected
@@ -1041,12 +1042,12 @@ def test_chains_are_scored_by_hops():
 
 
 def test_clock_writes_a_row_for_each_way_to_run(finished, tmp_path, monkeypatch):
-    """Every mode at every share and on the model's own gates; the plain model is the baseline of them all."""
+    """Gathered at every share and on the model's own gates; the plain model is the baseline of them all."""
     monkeypatch.setattr(clock, "BATCHES", {"prefill": (1, 3), "decode": (2,)})
     flags = ["--ckpt", finished / "ckpt.pt", "--device", "cpu", "--seconds", 0]
     assert run(clock, *flags, "--out", tmp_path / "c.json") == 0
     rows = json.loads((tmp_path / "c.json").read_text())
-    assert len(rows) == 3 * (1 + 2 * 7)
+    assert len(rows) == 3 * (1 + 1 + 7)
     assert all(row["speedup"] == 1 and row["allowed"] == 1 for row in rows if row["mode"] == "dense")
     gates = torch.tensor([[[1, 1, 1], [1, 1, 1]], [[1, 1, 0], [1, 0, 0]], [[0, 0, 0], [0, 0, 0]]]).bool()
     assert clock.filling(gates) == pytest.approx(4 / 3)

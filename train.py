@@ -76,7 +76,8 @@ def make_parser():
     group.add_argument("--model", choices=MODELS,
                        help="dense: plain; tsa: the paper's; exit: early exit; halt: learned halting (tsa)")
     group.add_argument("--gate", choices=GATES, help="tsa: the gate design (soft)")
-    group.add_argument("--lam", type=number(float, 0, 1000), help="price of depth (tsa: 0.001, halt: 0.01)")
+    group.add_argument("--lam", type=number(float, 0, 1000),
+                       help="price of depth (tsa: 0.001; halt: 0.01, with the paper preset 0.125)")
     group.add_argument("--gate_bias", type=number(float, -50, 50), help="tsa, halt: initial bias of the routers (-1)")
     group.add_argument("--threshold", type=number(float, 0, 1),
                        help="tsa, halt: skip above this probability (0.5); exit: leave above this confidence (0.9)")
@@ -129,6 +130,8 @@ def new_flags(given, data_name, device):
             flags["lam"] = 0.01
     if data_name == "enwik8" and preset == "paper":
         flags["block_size"] = 256
+    if model == "halt" and preset == "paper":
+        flags["lam"] = 0.125        # at 0.05 all routers open for good before the price has risen
     if "dtype" not in given:
         flags["dtype"] = "bfloat16" if multiplies_faster_in_bfloat16(device) else "float32"
     return flags | given | {"data": data_name, "device": device}
@@ -430,16 +433,15 @@ def print_table(folder):
     for line in lines:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
     write_csv(Path(folder) / "results.csv", rows)
-    return 0
 
 
 def run_program(name, main, argv=None):
-    """main(argv) -> exit status. A user's mistake becomes one line on stderr and status 2."""
+    """main(argv) -> exit status, 0 where it returns none. A user's mistake is one line on stderr and status 2."""
     if hasattr(sys.stdout, "reconfigure"):      # a notebook's has not
         # A terminal may lack a character, which must not end a run; and a pipe shall show each line at once.
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
-        return main(argv)
+        return main(argv) or 0
     except BrokenPipeError:     # | head has seen enough; what is left to flush must not complain either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -363,8 +363,8 @@ class Halt(Transformer):
       + lam * mean of survive_l over l > 0          the price of depth                                   (5)
 
     No gate scales anything: routers learn where to stop, not how much to add. train.py raises lam from 0 over the first
-    half of training, since early on no block is worth its price. What happens without each part was measured: see
-    "What must stay" in report/README.md.
+    half of training, since early on no block is worth its price. What each part is worth was measured: see "What must
+    stay" in report/README.md.
     """
 
     def __init__(self, config):

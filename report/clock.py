@@ -1,9 +1,10 @@
 """
 What skipping is worth on the clock: python -m report.clock --ckpt out/halt/ckpt.pt
 
-Times the plain model, masked and gathered, taking turns in one process, at two kinds of work: prefill reads a whole
-window, decode reads its second half token by token. Gates are random and replayed, open for each share of KEEPS; a
-checkpoint runs with its own too, on validation text. Without one, random weights have the paper's width.
+Times the plain model, masked with all gates open, and gathered, taking turns in one process and in float32, at two
+kinds of work: prefill reads a whole window, decode reads its second half token by token. Gathered gates are random and
+replayed, open for each share of KEEPS; a checkpoint runs with its own too, on validation text. Without one, random
+weights have the paper's width.
 """
 import json
 import statistics
@@ -17,8 +18,7 @@ import torch
 
 import data
 from report.counts import macs_per_token
-from sample import load_model
-from train import Parser, load_corpus, mean, number, pick_device, run_program
+from train import Parser, load_checkpoint, load_corpus, mean, number, pick_device, run_program
 from tsa import KV, Config, UserError, build, keep_freed_memory, stack
 
 BATCHES = {"prefill": (1, 8, 64), "decode": (1, 8)}
@@ -77,13 +77,15 @@ def clock(dense, model, text, work, B, seconds, device):
     else:
         idx = text.repeat(B * T // len(text) + 1)[:B * T].view(B, T)
     prepare, n = (partial, T) if work == "prefill" else (decode, T - T // 2)        # a call that reads n tokens
-    cases = [("dense", "none", draw_gates(config, idx, 1.0), prepare(dense, idx, "trained", None))]
-    for mode in ("masked", "gathered"):
-        if text is not None:
-            cases.append((mode, "own", stack(model(idx, mode)[1], idx) != 0, prepare(model, idx, mode, None)))
-        for keep in KEEPS:
-            gates = draw_gates(config, idx, keep)
-            cases.append((mode, f"random {keep}", gates, prepare(model, idx, mode, gates)))
+    whole = draw_gates(config, idx, 1.0)
+    cases = [("dense", "none", whole, prepare(dense, idx, "trained", None)),
+             ("masked", "all open", whole, prepare(model, idx, "masked", whole))]
+    if text is not None:
+        own = stack(model(idx, "gathered")[1], idx) != 0
+        cases.append(("gathered", "own", own, prepare(model, idx, "gathered", None)))
+    for keep in KEEPS:
+        gates = draw_gates(config, idx, keep)
+        cases.append(("gathered", f"random {keep}", gates, prepare(model, idx, "gathered", gates)))
     rounds, end = [], time.perf_counter() + seconds
     while len(rounds) < 4 or time.perf_counter() < end:
         rounds.append([timed(call, device) for *_, call in cases])
@@ -91,15 +93,11 @@ def clock(dense, model, text, work, B, seconds, device):
     rows, all_times = [], list(zip(*rounds[1:]))        # the first round warmed up
     for (mode, kind, gates, _), times in zip(cases, all_times):
         low, median, high = (1000 * t / (1 if work == "prefill" else n) for t in statistics.quantiles(times, n=4))
-        ran = gates[:, :, T - n:].double().mean((1, 2)).tolist()
-        if mode == "gathered":
-            macs = macs_per_token(config, ran, decode=work == "decode")
-        else:       # every block runs whole
-            macs = macs_per_token(dense.config if mode == "dense" else config, [1.0] * len(ran))
+        ran = gates[:, :, T - n:].cpu().double().mean((1, 2)).tolist()
+        macs = macs_per_token(dense.config if mode == "dense" else config, ran, decode=work == "decode")
         rows.append({
             "work": work, "batch": B, "mode": mode, "gates": kind, "keep": mean(ran[1:]), "block_size": T,
-            "dtype": str(dense.wte.weight.dtype).removeprefix("torch."), "device": device,
-            "ms": median, "ms_low": low, "ms_high": high,
+            "device": device, "ms": median, "ms_low": low, "ms_high": high,
             "speedup": statistics.median(plain / t for plain, t in zip(all_times[0], times)),
             "allowed": macs_per_token(dense.config, [1.0] * len(ran)) / macs,
             "filling": filling(gates) if mode == "gathered" and work == "prefill" else None})
@@ -109,8 +107,6 @@ def clock(dense, model, text, work, B, seconds, device):
 def main(argv):
     parser = Parser(prog="report.clock", description="Time the plain model, masked and gathered.")
     parser.add_argument("--ckpt", type=Path, help="time this model, with its own gates too (default: random weights)")
-    parser.add_argument("--threshold", type=number(float, 0, 1), help="run it with another threshold than in training")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default float32)")
     parser.add_argument("--device", help="cpu, cuda, mps ... (default: the best that works)")
     parser.add_argument("--seconds", type=number(float, 0, 3600), default=25, help="per work and batch (default 25)")
     parser.add_argument("--out", type=Path, default=Path("clock.json"), help="where rows go (default clock.json)")
@@ -120,15 +116,12 @@ def main(argv):
     torch.manual_seed(0)
     model, text = build(Config(block_size=256)), None
     if args.ckpt:
-        model, saved = load_model(args.ckpt, device, threshold=args.threshold)
+        model, saved = load_checkpoint(args.ckpt, device)
         text = load_corpus(saved, args.ckpt).windows("val", model.config.block_size)[0].flatten().to(device)
-    elif args.threshold is not None:
-        raise UserError("--threshold means nothing to random weights: give --ckpt too, or leave it out")
     config = model.config
     if config.model == "dense" or config.block_size < 2:
         raise UserError(f"{args.ckpt} has nothing to skip or decode: give one with gates and a block_size above 1")
-    dtype = getattr(torch, args.dtype)
-    model, dense = (m.to(device, dtype).eval() for m in (model, build(replace(config, model="dense"))))
+    model, dense = (m.to(device).eval() for m in (model, build(replace(config, model="dense"))))
     print(f"{torch.get_num_threads()} threads on {device}, torch {torch.__version__}, {config}")
     rows = []
     for work, batches in BATCHES.items():
@@ -140,7 +133,6 @@ def main(argv):
                       .format(**row), f"  filled up {row['filling']:.2f}x" if row["filling"] else "")
             data.write_atomic(args.out, json.dumps(rows, indent=1).encode("utf-8"))     # Ctrl-C keeps what is done
     print(f"written to {args.out}; filled up: the tokens that attention computes over those whose gate is open")
-    return 0
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ def macs_per_token(config, ran, decode=False):
     A plain block is 12 C^2 (query, key, value and output 4, feed-forward 8) and T C (scores and values, of the T / 2
     keys that the causal kernel reads on average). A gathered block makes keys and values, 2 C^2, for all tokens. The
     rest is for those that run, and in a prefill each is multiplied with all T keys: 2 T C. decode is batch 1, token by
-    token, where T C holds for both. What filling up adds in larger batches is left out: report.clock measures it.
+    token, where T C holds for both. What filling up adds in larger batches is left out: report.clock measures it. Keys
+    and values count even where a block is closed for all tokens, since a prefill that fills a cache makes them.
     """
     C, T = config.n_embd, config.block_size
     macs = 0

@@ -40,7 +40,7 @@ def read(model, windows, mode, gates=None):
         entropy = -(log_p.exp() * log_p).sum(-1)
         parts.append((cross_entropy(logits, y), logits.argmax(-1) == y, entropy, stack(used, x)))
     losses, right, entropy, gates = (torch.cat(part, dim=-2) for part in zip(*parts))
-    return losses.sum(dtype=torch.float64).item() / (windows[1] >= 0).sum().item(), right, entropy, gates
+    return losses.cpu().sum(dtype=torch.float64).item() / (windows[1] >= 0).sum().item(), right, entropy, gates
 
 
 def permuted_loss(model, windows, mode, gates):
@@ -105,12 +105,12 @@ def hops_of(idx):
 def score_task(right, targets, taken, hops):
     """right, targets and hops (n, T), gates taken (L, n, T) -> what is known of a task."""
     scored = targets >= 0
-    row = {"token_accuracy": right[scored].double().mean().item(),
-           "sequence_accuracy": (right | ~scored).all(1).double().mean().item(),
-           "alpha_scored": mean(taken[1:, scored].double().mean(1).tolist())}
+    row = {"token_accuracy": right[scored].cpu().double().mean().item(),
+           "sequence_accuracy": (right | ~scored).all(1).cpu().double().mean().item(),
+           "alpha_scored": mean(taken[1:, scored].cpu().double().mean(1).tolist())}
     if hops is not None:
         for n in hops.unique().tolist():
-            row[f"hops {n}"] = {"n": (hops == n).sum().item(), "accuracy": right[hops == n].double().mean().item(),
+            row[f"hops {n}"] = {"n": (hops == n).sum().item(), "accuracy": right[hops == n].cpu().double().mean().item(),
                                 "depth": taken.sum(0)[hops == n].mean().item()}
     return row
 
@@ -166,7 +166,7 @@ def main(argv):
     for name, mode in (("trained", "trained"), ("executed", "gathered")):
         loss, right, _, gates = read(model, windows, mode)
         taken = gates if mode == "trained" else (gates != 0).float()                        # (L, n, T)
-        by_block = taken.double().mean((1, 2)).tolist()
+        by_block = taken.cpu().double().mean((1, 2)).tolist()
         row = result[name] = {"loss": loss, "alpha": mean(by_block[1:]), "gate by block": by_block}
         if mode == "trained":
             for l in range(1, config.n_layer):
@@ -188,7 +188,6 @@ def main(argv):
         tell(name, row)
     data.write_atomic(args.out, json.dumps(result, indent=1).encode("utf-8"))
     print(f"written to {args.out}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ def main(argv):
         parts += panel
     write_svg(args.out, parts, tokens.size(1) - 1, top)
     print(f"written to {args.out}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -97,7 +97,6 @@ def main(argv):
     axes.legend(frameon=False)
     save_figure(figure, args.svg)
     print(f"written to {args.svg}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ def main(argv):
     kept = {key: saved[key] for key in ("config", "flags", "vocab", "prompt", "new_tokens", "digest", "step")}
     save_checkpoint(args.target, model=model.to(torch.bfloat16).state_dict(), **kept)
     print(f"{args.target}: {args.target.stat().st_size / 1e6:.2f} MB of {args.source.stat().st_size / 1e6:.2f}")
-    return 0
 
 
 if __name__ == "__main__":
