@@ -128,10 +128,10 @@ def new_flags(given, data_name, device):
         flags |= TASK_PRESET
         if model == "tsa":
             flags["lam"] = 0.01
+    elif model == "halt" and preset == "paper":
+        flags["lam"] = 0.125        # at 0.05 all routers open for good before the price has risen
     if data_name == "enwik8" and preset == "paper":
         flags["block_size"] = 256
-    if model == "halt" and preset == "paper":
-        flags["lam"] = 0.125        # at 0.05 all routers open for good before the price has risen
     if "dtype" not in given:
         flags["dtype"] = "bfloat16" if multiplies_faster_in_bfloat16(device) else "float32"
     return flags | given | {"data": data_name, "device": device}
@@ -359,7 +359,7 @@ def train(given):
         lam = flags["lam"] or 0
         if config.model == "halt":
             lam *= min(2 * step / max_iters, 1)     # at first no block is worth its price
-        idx, targets = corpus.batch(flags["batch_size"], config.block_size)       # (B, T)
+        idx, targets = corpus.batch(flags["batch_size"], config.block_size)                # (B, T)
         with autocast:
             task, gates = loss_of(idx, targets)                                            # gates (L, B, T)
             loss = task + lam * gates[1:].mean() if lam else task                          # the paper's total
