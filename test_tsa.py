@@ -683,7 +683,8 @@ def test_paper_preset_is_the_papers():
     assert {flag: flags[flag] for flag in expected} == expected
     assert flags_of(device="cuda:0")["n_embd"] == 256 and flags_of()["n_embd"] == 128
     assert flags_of("--preset", "paper", corpus="enwik8")["block_size"] == 256
-    assert flags_of("--model", "halt")["lam"] == 0.01 and flags_of("--model", "halt", device="cuda")["lam"] == 0.125
+    laptop, gpu = flags_of("--model", "halt"), flags_of("--model", "halt", device="cuda")
+    assert (laptop["lam"], laptop["lam_iters"], gpu["lam"], gpu["lam_iters"]) == (0.01, 550, 0.02, 200)
     copy = flags_of("--preset", "paper", corpus="copy")
     expected = dict(n_embd=128, n_head=4, block_size=64, batch_size=256, max_iters=390, lam=0.01, learning_rate=3e-4)
     assert {flag: copy[flag] for flag in expected} == expected
@@ -717,11 +718,13 @@ def test_interrupted_run_resumes_to_the_bit(run_train, tmp_path, monkeypatch, en
     assert len((tmp_path / "run" / "log.csv").read_text().splitlines()) == 5
 
 
-def test_price_of_halting_rises_over_the_first_half(run_train, tmp_path):
-    """At full price no block would be worth it early on, and every router would learn to halt."""
-    assert run_train("--model", "halt", "--lam", 0.5, "--max_iters", 80, "--eval_interval", 80) == 0
+@pytest.mark.parametrize("flags, prices", [(["--model", "halt"], (0.25, 0.5, 0.5)), (["--gate", "soft"], (0.5,) * 3),
+                                           (["--model", "halt", "--lam_iters", 50], (0.2, 0.4, 0.5))])
+def test_price_of_halting_rises(run_train, tmp_path, flags, prices):
+    """At full price no block would be worth it early on, and routers would halt; the paper's price is full at once."""
+    assert run_train(*flags, "--lam", 0.5, "--max_iters", 80, "--eval_interval", 80) == 0
     rows = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["rows"]
-    for row, lam in zip(rows[1:], (0.25, 0.5, 0.5)):
+    for row, lam in zip(rows[1:], prices):
         assert row["loss"] == pytest.approx(row["task_loss"] + lam * row["depth_loss"], abs=1e-5)
 
 

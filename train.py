@@ -33,9 +33,9 @@ PRESETS = {
 TASK_PRESET = dict(n_head=4, n_embd=128, block_size=64, batch_size=256, max_iters=390, eval_interval=39)     # 10 epochs
 OWN_FLAGS = {           # the flags that only some models have, with their defaults
     "dense": {},
-    "tsa": dict(gate="soft", lam=0.001, gate_bias=-1.0, threshold=0.5),
+    "tsa": dict(gate="soft", lam=0.001, lam_iters=1, gate_bias=-1.0, threshold=0.5),
     "exit": dict(threshold=0.9),
-    "halt": dict(lam=0.01, gate_bias=-1.0, threshold=0.5),
+    "halt": dict(lam=0.01, lam_iters=None, gate_bias=-1.0, threshold=0.5),     # lam_iters: half of max_iters
 }
 CONTROLS = ("out_dir", "resume", "fresh", "compile")       # flags that say what to do, not what the run is
 MAY_DIFFER = ("device", "eval_interval")                # on --resume; any other difference makes another run
@@ -77,7 +77,9 @@ def make_parser():
                        help="dense: plain; tsa: the paper's; exit: early exit; halt: learned halting (tsa)")
     group.add_argument("--gate", choices=GATES, help="tsa: the gate design (soft)")
     group.add_argument("--lam", type=number(float, 0, 1000),
-                       help="price of depth (tsa: 0.001; halt: 0.01, with the paper preset 0.125)")
+                       help="price of depth (tsa: 0.001; halt: 0.01, with the paper preset 0.02)")
+    group.add_argument("--lam_iters", type=size, help="steps in which the price rises to lam (tsa: 1; halt: half of "
+                                                      "max_iters, with the paper preset 200)")
     group.add_argument("--gate_bias", type=number(float, -50, 50), help="tsa, halt: initial bias of the routers (-1)")
     group.add_argument("--threshold", type=number(float, 0, 1),
                        help="tsa, halt: skip above this probability (0.5); exit: leave above this confidence (0.9)")
@@ -129,12 +131,15 @@ def new_flags(given, data_name, device):
         if model == "tsa":
             flags["lam"] = 0.01
     elif model == "halt" and preset == "paper":
-        flags["lam"] = 0.125        # at 0.05 all routers open for good before the price has risen
+        flags |= dict(lam=0.02, lam_iters=200)      # over half of training it rises too late: all routers open for good
     if data_name == "enwik8" and preset == "paper":
         flags["block_size"] = 256
     if "dtype" not in given:
         flags["dtype"] = "bfloat16" if multiplies_faster_in_bfloat16(device) else "float32"
-    return flags | given | {"data": data_name, "device": device}
+    flags |= given | {"data": data_name, "device": device}
+    if model == "halt" and flags["lam_iters"] is None:
+        flags["lam_iters"] = max(flags["max_iters"] // 2, 1)
+    return flags
 
 
 def resumed_flags(given, saved, device, out_dir):
@@ -356,9 +361,7 @@ def train(given):
         seed_step(flags["seed"], step)
         for group in optimizer.param_groups:
             group["lr"] = flags["learning_rate"] * schedule(step, flags["warmup_iters"], max_iters)
-        lam = flags["lam"] or 0
-        if config.model == "halt":
-            lam *= min(2 * step / max_iters, 1)     # at first no block is worth its price
+        lam = 0 if flags["lam"] is None else flags["lam"] * min(step / flags["lam_iters"], 1)
         idx, targets = corpus.batch(flags["batch_size"], config.block_size)                # (B, T)
         with autocast:
             task, gates = loss_of(idx, targets)                                            # gates (L, B, T)
