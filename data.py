@@ -34,7 +34,7 @@ ENWIK8_CUTS = 90_000_000, 95_000_000            # the paper's split, in characte
 
 TASKS = ("copy", "sort", "chain")
 PAD, BOS, SEP, EOS = ".^|$"                     # the 4 special symbols in the paper's vocabulary of 32
-SYMBOLS = "abcdefghijklmnopqrstuvwxyzAB"        # the other 28, in sorted order
+SYMBOLS = "abcdefghijklmnopqrstuvwxyzAB"        # the other 28; the task "sort" sorts in this order
 LENGTH = 20                                     # of a source, as in the paper's script (its text says 10)
 TRAIN_SEQUENCES, CHAIN_TRAIN_SEQUENCES, VAL_SEQUENCES = 10_000, 100_000, 1_000
 DIGITS = "0123456789"

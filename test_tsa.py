@@ -847,7 +847,7 @@ def test_bad_checkpoint_is_one_line_and_runs_no_code(finished, tmp_path, capsys)
     whole = path.read_bytes()
     for content in (whole[:-100], b"", Bomb(), {"model": {}}, [1, 2]):
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-        refused(capsys, run_sample("--ckpt", path), "damaged or not a checkpoint")
+        refused(capsys, run_sample("--ckpt", path), "it is damaged or not of this train.py")
     path.unlink()
     refused(capsys, run_sample("--ckpt", path), "cannot be read")
     assert not (tmp_path / "exploded").exists()

@@ -43,6 +43,8 @@ LOG_INTERVAL = 20
 EVAL_WINDOWS = 64       # scored while training, always the same; the end scores the whole validation split
 TABLE_COLUMNS = ("run", "model", "gate", "n_layer", "lam", "seed", "max_iters", "val_loss", "val_loss_executed",
                  "alpha", "alpha_executed", "tlops_saved_executed", "tokens_per_s")
+SCORES = ("validation loss {val_loss:.4f} as trained, {val_loss_executed:.4f} as executed, saving "
+          "{tlops_saved_executed:.1%} of token-layer operations")
 THRESHOLDS = (.99, .95, .90, .85, .80, .75, .70, .65, .60, .55, .50, .40, .30)      # the paper's early-exit sweep
 
 
@@ -71,7 +73,8 @@ def make_parser():
     """The parser of the flags. One that is not given is absent from what it returns, so that presets can fill it in."""
     size, laptop = number(int, 1, 1_000_000), PRESETS["laptop"]
     parser = Parser(prog="train.py", description="Train a Token-Selective Attention model, or one to compare it with. "
-                    "In brackets: what is taken where a flag is not given.", argument_default=argparse.SUPPRESS)
+                    "In brackets: what is taken where a flag is not given (tasks have sizes of their own).",
+                    argument_default=argparse.SUPPRESS)
     group = parser.add_argument_group("model")
     group.add_argument("--model", choices=MODELS,
                        help="dense: plain; tsa: the paper's; exit: early exit; halt: learned halting (tsa)")
@@ -195,7 +198,7 @@ def load_checkpoint(path, device="cpu"):
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): train first, or give another checkpoint")
     except Exception as error:      # damaged and foreign files fail in many ways
-        raise UserError(f"{path} is damaged or not a checkpoint of this train.py ({reason(error)})")
+        raise UserError(f"{path} cannot be used: it is damaged or not of this train.py ({reason(error)})")
     return model.to(device).eval(), saved
 
 
@@ -301,8 +304,8 @@ def train(given):
     ckpt_path, log_path, result_path = out_dir / "ckpt.pt", out_dir / "log.csv", out_dir / "result.json"
     resumes = controls["resume"] and ckpt_path.exists()
     if (ckpt_path.exists() or result_path.exists()) and not resumes and not controls["fresh"]:
-        raise UserError(f"{out_dir} holds a run: --resume goes on from its checkpoint, --fresh starts over, or take "
-                        f"another --out_dir")
+        raise UserError(f"{out_dir} holds a run: --resume goes on from its checkpoint, if that is still there, --fresh "
+                        f"starts over, or take another --out_dir")
 
     # Flags, data, model, optimizer: new, or as the checkpoint has them
     device = pick_device(given.get("device"))
@@ -365,7 +368,7 @@ def train(given):
         idx, targets = corpus.batch(flags["batch_size"], config.block_size)                # (B, T)
         with autocast:
             task, gates = loss_of(idx, targets)                                            # gates (L, B, T)
-            loss = task + lam * gates[1:].mean() if lam else task                          # the paper's total
+            loss = (task + lam * gates[1:].mean()) if lam else task                        # the paper's total
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -389,8 +392,7 @@ def train(given):
         rows.append(row)
         if evaluates:
             row |= score(model, probe)
-            print("validation loss {val_loss:.4f} as trained, {val_loss_executed:.4f} as executed, saving "
-                  "{tlops_saved_executed:.1%} of token-layer operations".format(**row))
+            print(SCORES.format(**row))
             save()
         lap, lap_step = time.perf_counter(), step
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -403,14 +405,13 @@ def train(given):
     windows = corpus.windows("val", config.block_size)
     print(f"scoring the whole validation split, {windows[0].numel():,} tokens, as trained and as executed")
     result = flags | {"n_params": n_params} | score(model, windows) | {
-        "tokens_per_s": statistics.median(row["tokens_per_s"] for row in rows[1:]),
+        "tokens_per_s": round(statistics.median(row["tokens_per_s"] for row in rows[1:])),
         "seconds": round(saved["seconds"] + time.perf_counter() - began, 1), "torch": torch.__version__}
     if config.model == "exit":
         print(f"sweeping early exit over {len(THRESHOLDS)} thresholds")
         result["thresholds"] = sweep_exits(model, windows)
     data.write_atomic(result_path, json.dumps(result, indent=1).encode("utf-8"))
-    print("validation loss {val_loss:.4f} as trained, {val_loss_executed:.4f} as executed, saving "
-          "{tlops_saved_executed:.1%} of token-layer operations; {seconds:.0f} s".format(**result))
+    print((SCORES + "; {seconds:.0f} s").format(**result))
     print(f"\nA sample (python sample.py --ckpt {ckpt_path} for more):\n{corpus.prompt}", end="")
     idx = torch.tensor([data.encode(corpus.prompt, corpus.vocab)], device=device)
     for idx_next, _ in generate(model, idx, min(corpus.new_tokens, 200), top_k=20):

@@ -109,9 +109,9 @@ class KV:
     def append(self, kv):
         """kv (B, T, 2C) of T new tokens -> those of all S tokens so far (B, S, 2C)."""
         T = kv.size(1)
-        self.kv.narrow(1, self.length, T).copy_(kv)
+        self.kv[:, self.length:self.length + T] = kv
         self.length += T
-        return self.kv.narrow(1, 0, self.length)
+        return self.kv[:, :self.length]
 
 
 class Attention(nn.Module):
@@ -196,18 +196,14 @@ class Block(nn.Module):
             return x
         # Attention takes the same number of tokens, n, from every sequence: the open ones first, in order, then closed
         # ones as filling where a sequence has fewer. Gates 0110 and 1000, say, give at = [[1, 2], [0, 1]].
-        rows = gate.flatten().nonzero().squeeze(1)              # (N,): where in B * T the gates are open
         is_open = gate != 0
-        if B == 1:
-            at = rows.unsqueeze(0)                                                         # (1, N), nothing to fill
-        else:
-            n = int(is_open.sum(1).max())
-            position = torch.arange(T, device=x.device)
-            at = (position + T * ~is_open).argsort(1)[:, :n]                               # (B, n)
+        n = int(is_open.sum(1).max())
+        at = is_open.int().argsort(dim=1, descending=True, stable=True)[:, :n]             # (B, n)
         asks = source[torch.arange(B, device=x.device).unsqueeze(1), at]                   # (B, n, C)
         # While decoding (T = 1) a token is the newest and reads all that is cached: no position is needed.
         update = self.attn(asks, source, at if T > 1 else None, cache)                     # (B, n, C)
         update = update[is_open.gather(1, at)]                  # drops the filling          (N, C)
+        rows = is_open.flatten().nonzero().squeeze(1)           # (N,): where in B * T the gates are open
         flat = x.flatten(0, 1)                                                             # (B * T, C)
         scale = gate.flatten()[rows].to(x.dtype).unsqueeze(-1)                             # (N, 1)
         h = flat[rows] + scale * update                                                    # equation (1)
@@ -248,7 +244,7 @@ class Transformer(nn.Module):
 
     def forward(self, idx, mode="trained", gates=None, cache=None):
         """
-        idx (B, T) -> logits (B, T, V) float32, and the list of L gates that ran.
+        idx (B, T) -> logits (B, T, V) float32, and a list of the L gates (B, T) that ran, None where a block ran whole.
 
         gates (L, B, T), bools for switches, are replayed in place of the model's own, as tests and report/ do. Its own
         are computed all the same, so that a replay costs what a run costs. cache is a list of L KV: the first call may
@@ -258,8 +254,8 @@ class Transformer(nn.Module):
         x, gate, used = self.embed(idx, cache), None, []
         for l, block in enumerate(self.blocks):
             if l > 0:       # block 0, the stem, always runs: something must read the tokens
-                gate = self.next_gate(l, x, gate, mode)
-                gate = gate if gates is None else gates[l]
+                own = self.next_gate(l, x, gate, mode)
+                gate = own if gates is None else gates[l]
             kv = None if cache is None else cache[l]
             x = block.gathered(x, gate, kv) if mode == "gathered" and gate is not None else block(x, gate, kv)
             used.append(gate)
@@ -293,8 +289,9 @@ class TSA(Transformer):
     def __init__(self, config):
         if config.gate not in GATES:
             raise UserError(f"gate {config.gate!r} is unknown: choose one of {', '.join(GATES)}")
-        p = torch.full((1, 1), 0.4, requires_grad=torch.is_grad_enabled())
-        if p.requires_grad and not GATES[config.gate][0](p, config.threshold).requires_grad:
+        with torch.enable_grad():
+            seen = GATES[config.gate][0](torch.full((1, 1), 0.4, requires_grad=True), config.threshold)
+        if not seen.requires_grad:
             raise UserError(f"gate {config.gate!r} passes no gradient to p: train on a float that depends on it")
         super().__init__(config)
         self.routers = nn.ModuleList(Router(config) for _ in range(config.n_layer - 1))
@@ -338,16 +335,12 @@ class Exit(Transformer):
         bias = torch.stack([norm.bias for norm in self.norms])[last]
         return self.logits(F.layer_norm(x, x.shape[-1:]) * weight + bias)
 
-    def levels(self, idx):
-        """idx (B, T) -> logits (B, T, V) after each block."""
-        x = self.embed(idx)
+    def loss(self, idx, targets):
+        """The mean of the cross-entropies after each of the L blocks (paper, section 1)."""
+        x, losses = self.embed(idx), []
         for block, norm in zip(self.blocks, self.norms):
             x = block(x)
-            yield self.logits(norm(x))
-
-    def loss(self, idx, targets):
-        """The mean of the L cross-entropies (paper, section 1)."""
-        losses = [cross_entropy(logits, targets).sum() for logits in self.levels(idx)]
+            losses.append(cross_entropy(self.logits(norm(x)), targets).sum())
         return sum(losses) / len(losses) / (targets >= 0).sum(), stack([None] * len(losses), idx)
 
 
@@ -362,8 +355,8 @@ class Halt(Transformer):
       + 0.5 * CE_{L-1}                              without this share every token halts at once
       + lam * mean of survive_l over l > 0          the price of depth                                   (5)
 
-    No gate scales anything: routers learn where to stop, not how much to add. train.py raises lam from 0 over the first
-    half of training, since early on no block is worth its price. What each part is worth was measured: see "What must
+    No gate scales anything: routers learn where to stop, not how much to add. train.py raises lam from 0 over its first
+    lam_iters steps, since early on no block is worth its price. What each part is worth was measured: see "What must
     stay" in report/README.md.
     """
 
