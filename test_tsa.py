@@ -684,7 +684,7 @@ def test_paper_preset_is_the_papers():
     assert flags_of(device="cuda:0")["n_embd"] == 256 and flags_of()["n_embd"] == 128
     assert flags_of("--preset", "paper", corpus="enwik8")["block_size"] == 256
     laptop, gpu = flags_of("--model", "halt"), flags_of("--model", "halt", device="cuda")
-    assert (laptop["lam"], laptop["lam_iters"], gpu["lam"], gpu["lam_iters"]) == (0.01, 550, 0.02, 200)
+    assert (laptop["lam"], laptop["lam_iters"], gpu["lam"], gpu["lam_iters"]) == (0.01, 550, 0.03, 200)
     copy = flags_of("--preset", "paper", corpus="copy")
     expected = dict(n_embd=128, n_head=4, block_size=64, batch_size=256, max_iters=390, lam=0.01, learning_rate=3e-4)
     assert {flag: copy[flag] for flag in expected} == expected

@@ -80,7 +80,7 @@ def make_parser():
                        help="dense: plain; tsa: the paper's; exit: early exit; halt: learned halting (tsa)")
     group.add_argument("--gate", choices=GATES, help="tsa: the gate design (soft)")
     group.add_argument("--lam", type=number(float, 0, 1000),
-                       help="price of depth (tsa: 0.001; halt: 0.01, with the paper preset 0.02)")
+                       help="price of depth (tsa: 0.001; halt: 0.01, with the paper preset 0.03)")
     group.add_argument("--lam_iters", type=size, help="steps in which the price rises to lam (tsa: 1; halt: half of "
                                                       "max_iters, with the paper preset 200)")
     group.add_argument("--gate_bias", type=number(float, -50, 50), help="tsa, halt: initial bias of the routers (-1)")
@@ -134,7 +134,7 @@ def new_flags(given, data_name, device):
         if model == "tsa":
             flags["lam"] = 0.01
     elif model == "halt" and preset == "paper":
-        flags |= dict(lam=0.02, lam_iters=200)      # over half of training it rises too late: all routers open for good
+        flags |= dict(lam=0.03, lam_iters=200)      # over half of training it rises too late: routers open for good
     if data_name == "enwik8" and preset == "paper":
         flags["block_size"] = 256
     if "dtype" not in given:
