@@ -364,7 +364,7 @@ def train(given):
         seed_step(flags["seed"], step)
         for group in optimizer.param_groups:
             group["lr"] = flags["learning_rate"] * schedule(step, flags["warmup_iters"], max_iters)
-        lam = 0 if flags["lam"] is None else flags["lam"] * min(step / flags["lam_iters"], 1)
+        lam = 0 if flags["lam"] is None else flags["lam"] * min(step / flags["lam_iters"], 1)   # it rises: see Halt
         idx, targets = corpus.batch(flags["batch_size"], config.block_size)                # (B, T)
         with autocast:
             task, gates = loss_of(idx, targets)                                            # gates (L, B, T)
