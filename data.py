@@ -1,17 +1,14 @@
 """
-Text to train on, as characters, split into train, validation and test.
+The data: text as characters, split into train, validation and test.
 
-`load(name)` takes "shakespeare", "enwik8", "stdlib" (the sources of Python's standard library, which every machine
-has), the path of a UTF-8 text file, or a synthetic task: "copy" and "sort" are the paper's, "chain" is ours. The
-symbols of a task are printable characters, so that vocabulary, sampling and colouring treat it like any text.
+`load(name)` accepts "shakespeare", "enwik8", "stdlib" (the sources of Python's standard library, which need no
+download), the path of a UTF-8 text file, or a synthetic task: "copy" and "sort" are the paper's, "chain" is ours. The
+tasks use printable characters as symbols, so they are encoded, sampled and displayed like any text.
 """
 import hashlib
-import http.client
-import io
-import os
+import socket
 import string
 import sysconfig
-import urllib.request
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,206 +16,164 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tsa import UserError
-
 FOLDER = Path(__file__).resolve().parent / "data"
-HOMES = {       # file in FOLDER, where to download it, sha256
+DOWNLOADS = {       # file in FOLDER, URL, sha256
     "shakespeare": ("tinyshakespeare.txt",
                     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
                     "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
     "enwik8": ("enwik8.zip", "http://mattmahoney.net/dc/enwik8.zip",
                "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"),
 }
-STALL_SECONDS = 10      # without a byte from a server
-ENWIK8_CUTS = 90_000_000, 95_000_000            # the paper's split, in characters
+TIMEOUT = 10        # seconds to wait for the server to send data
+ENWIK8_SPLIT = 90_000_000, 95_000_000           # where validation and test begin in the paper, in characters
 
-TASKS = ("copy", "sort", "chain")
 PAD, BOS, SEP, EOS = ".^|$"                     # the 4 special symbols in the paper's vocabulary of 32
-SYMBOLS = "abcdefghijklmnopqrstuvwxyzAB"        # the other 28; the task "sort" sorts in this order
-LENGTH = 20                                     # of a source, as in the paper's script (its text says 10)
-TRAIN_SEQUENCES, CHAIN_TRAIN_SEQUENCES, VAL_SEQUENCES = 10_000, 100_000, 1_000
+SYMBOLS = "abcdefghijklmnopqrstuvwxyzAB"        # the other 28; "sort" sorts in this order
+SOURCE_LENGTH = 20                              # as in the paper's code (the paper itself says 10)
+TRAIN_SEQUENCES, CHAIN_TRAIN_SEQUENCES, VAL_SEQUENCES = 10_000, 100_000, 1_000      # first and last: the paper's
 DIGITS = "0123456789"
-CHAIN_ROUNDS, CHAIN_WIDTH, CHAIN_NEW = 7, 8, 0.2       # the last: the chance that a place holds a digit
-PLACES = string.ascii_letters[:(CHAIN_ROUNDS - 1) * CHAIN_WIDTH]        # one name for each place but the last round's
+ROUNDS, PLACES, DIGIT_SHARE = 5, 6, 0.2         # chain: rounds, places per round, probability of a digit in a place
+LETTERS = string.ascii_letters[:(ROUNDS - 1) * PLACES]      # one letter per place, except in the last round
 
 
 @dataclass
 class Data:
     """
-    An encoded corpus: token i is the character vocab[i]. splits maps "train", "val" and "test" to integer tensors: one
-    stream of characters (n,), or for a task one sequence a row with its targets, -1 where none is scored (n, 2, T).
-    Nothing here reads "test": keep it for a final number.
+    An encoded corpus: token i is the character vocab[i]. `splits` maps "train", "val" and "test" to integer tensors.
+    For a text, a split is one stream of tokens (n,). For a task, it holds n pairs of idx and targets (n, 2, T), where
+    target -1 is not scored, and there is no test split. train.py never uses "test": keep it for a final result.
     """
-    name: str
     vocab: str
-    prompt: str                 # what sampling starts from when the user gives no prompt
     splits: dict
-    new_tokens: int = 500       # how much sampling writes
-
-    @property
-    def is_task(self):
-        return self.name in TASKS
-
-    def digest(self):
-        """A fingerprint of the whole text, so that a resumed run can tell when it has changed."""
-        sha256 = hashlib.sha256(self.vocab.encode("utf-8"))
-        for tokens in self.splits.values():
-            sha256.update(tokens.numpy())
-        return sha256.hexdigest()
+    prompt: str                 # what sample.py continues if no --prompt is given
+    new_tokens: int = 500       # how many tokens sample.py generates by default
+    example: str = ""           # what sample.py --map shows by default
 
     def to(self, device):
         self.splits = {split: tokens.to(device) for split, tokens in self.splits.items()}
 
     def check_block_size(self, block_size):
-        """Raise UserError unless validation, the smallest split, holds block_size characters and one more."""
-        if self.is_task:
-            length = self.splits["val"].size(2)
-            if length > block_size:
-                raise UserError(f"--data {self.name} has sequences of {length}: --block_size must not be less")
-        elif len(self.splits["val"]) <= block_size:
-            n = sum(map(len, self.splits.values()))
-            raise UserError(f"--data {self.name} has {n} characters, so its validation split (a tenth) is shorter than "
-                            f"block_size {block_size}: give a longer text or a smaller --block_size")
+        """Raise ValueError if a task's sequences exceed block_size or the validation split is shorter than a window."""
+        tokens = self.splits["val"]
+        if tokens.dim() == 3 and tokens.size(2) > block_size:
+            raise ValueError(f"the sequences have {tokens.size(2)} tokens: --block_size must be at least that")
+        if tokens.dim() == 1 and len(tokens) <= block_size:
+            raise ValueError(f"the validation split has only {len(tokens)} characters: use a longer text or a smaller "
+                             f"--block_size")
 
     def batch(self, batch_size, block_size):
-        """Random windows to train on, drawn with torch's global generator -> idx, targets (B, T) int64."""
+        """Random training windows, drawn with torch's global generator -> idx, targets (B, T) int64."""
         tokens = self.splits["train"]
-        if self.is_task:
+        if tokens.dim() == 3:
             return tokens[torch.randint(len(tokens), (batch_size,), device=tokens.device)].long().unbind(1)
         start = torch.randint(len(tokens) - block_size, (batch_size, 1), device=tokens.device)
         rows = tokens[start + torch.arange(block_size + 1, device=tokens.device)].long()
         return rows[:, :-1], rows[:, 1:]
 
     def windows(self, split, block_size, n=None):
-        """The first n windows, by default the whole split, side by side from its start -> idx, targets (n, T) int64."""
+        """The first n non-overlapping windows of a split (by default all) -> idx, targets (n, T) int64."""
         tokens = self.splits[split]
-        if self.is_task:
+        if tokens.dim() == 3:
             return tokens[:n].long().unbind(1)
         rows = tokens.unfold(0, block_size + 1, block_size)[:n].long()
         return rows[:, :-1], rows[:, 1:]
 
 
 def encode(text, vocab):
-    """A prompt -> the list of its tokens; UserError names the characters that the model has never seen."""
+    """A text -> the list of its tokens; raises a ValueError that names the characters not in the vocabulary."""
     unknown = sorted(set(text) - set(vocab))
     if unknown:
-        raise UserError(f"the model does not know the characters {ascii(''.join(unknown))}: it was trained on "
-                        f"{len(vocab)} others, {ascii(vocab[:40])} ...")
+        raise ValueError(f"the model does not know the characters {ascii(''.join(unknown))}")
     return [vocab.index(c) for c in text]
 
 
-def write_atomic(path, content):
-    """Write bytes to a temporary name and rename it: `path` is the old file or the new one, never half of one."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); a file that was there is unchanged")
-    finally:
-        temporary.unlink(missing_ok=True)       # is there only if something went wrong
-
-
 def fetch(name):
-    """The verified bytes of one of HOMES, from FOLDER or, the first time, from the network."""
-    file, url, sha256 = HOMES[name]
-    path = FOLDER / file
-    source = path.as_uri() if path.exists() else url
-    try:
-        with urllib.request.urlopen(source, timeout=STALL_SECONDS) as stream:
-            content = stream.read()
-        if hashlib.sha256(content).hexdigest() != sha256:
-            raise OSError("it is damaged or another file: its sha256 differs")
-    except (OSError, http.client.HTTPException) as error:       # some messages span lines
-        raise UserError(f"{source} cannot be used ({' '.join(str(error).split())}): put {file} into {FOLDER} by hand, "
-                        f"or use --data stdlib")
-    if source == url:
+    """Download a file if needed and return its path; OSError if that fails, ValueError if the file is wrong."""
+    file_name, url, sha256 = DOWNLOADS[name]
+    path = FOLDER / file_name
+    if not path.exists():
         FOLDER.mkdir(exist_ok=True)
-        write_atomic(path, content)
-    return content
+        socket.setdefaulttimeout(TIMEOUT)
+        try:
+            torch.hub.download_url_to_file(url, path, hash_prefix=sha256)
+        except (OSError, RuntimeError) as error:        # no network; a wrong or truncated file
+            raise OSError(f"cannot download {url} ({error}): put the file at {path}") from None
+    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        raise ValueError(f"{path} is not the expected file: delete it to download it again")
+    return path
 
 
-def text_data(name, text, cuts=None):
-    """Sorted vocabulary; train, validation and test in order, cut at two characters, by default into 80%, 10%, 10%."""
+def text_data(text, split=None):
+    """
+    Encode a text, with its sorted characters as the vocabulary, and split it into train, validation and test. `split`
+    gives the two positions at which it is split; by default the parts are 80%, 10% and 10%.
+    """
     vocab = "".join(sorted(set(text)))
     if len(vocab) < 2:
-        raise UserError(f"--data {name} is empty or repeats one character: there is nothing to learn in it")
-    token_of_code = np.zeros(ord(vocab[-1]) + 1, dtype=np.int16 if len(vocab) < 2**15 else np.int32)
-    token_of_code[[ord(c) for c in vocab]] = np.arange(len(vocab))
+        raise ValueError("the text is empty or repeats one character")
     codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-    tokens = torch.from_numpy(token_of_code[codes])
-    a, b = cuts or (int(0.8 * len(tokens)), int(0.9 * len(tokens)))
+    alphabet = np.frombuffer(vocab.encode("utf-32-le"), dtype=np.uint32)
+    tokens = torch.from_numpy(np.searchsorted(alphabet, codes).astype(np.int32))
+    a, b = split or (int(0.8 * len(tokens)), int(0.9 * len(tokens)))
     splits = {"train": tokens[:a], "val": tokens[a:b], "test": tokens[b:]}
-    return Data(name, vocab, "\n" if "\n" in vocab else vocab[0], splits)
+    return Data(vocab, splits, prompt="\n" if "\n" in vocab else vocab[0], example=text[a:a + 64])
 
 
-def task_data(name, vocab, idx, targets, prompt_length, new_tokens):
-    """Sequences idx and targets (n, T), the last VAL_SEQUENCES of them for validation."""
+def task_data(vocab, idx, targets, prompt_length, new_tokens):
+    """Sequences idx and targets (n, T), of which the last VAL_SEQUENCES are for validation."""
     pairs = torch.from_numpy(np.stack([idx, targets], axis=1).astype(np.int32))
     splits = {"train": pairs[:-VAL_SEQUENCES], "val": pairs[-VAL_SEQUENCES:]}
-    prompt = "".join(vocab[i] for i in idx[-1, :prompt_length])
-    return Data(name, vocab, prompt, splits, new_tokens)
+    example = "".join(vocab[i] for i in idx[-1])
+    return Data(vocab, splits, example[:prompt_length], new_tokens, example)
 
 
 def copy_or_sort(name):
-    """Paper, section 2: BOS source SEP target EOS, where the target is the source again (copy) or in order (sort)."""
+    """Paper, section 2: BOS source SEP target EOS. The target is the source (copy) or the sorted source (sort)."""
     vocab = PAD + BOS + SEP + EOS + SYMBOLS
     n = TRAIN_SEQUENCES + VAL_SEQUENCES
-    source = np.random.default_rng(0).integers(vocab.index(SYMBOLS[0]), len(vocab), size=(n, LENGTH))
+    source = np.random.default_rng(0).integers(vocab.index(SYMBOLS[0]), len(vocab), size=(n, SOURCE_LENGTH))
     target = source if name == "copy" else np.sort(source, axis=1)
     bos, sep, eos = (np.full((n, 1), vocab.index(c)) for c in (BOS, SEP, EOS))
     rows = np.concatenate([bos, source, sep, target, eos], axis=1)
     targets = rows[:, 1:].copy()
-    targets[:, :LENGTH + 1] = -1        # only what comes after SEP can be known
-    return task_data(name, vocab, rows[:, :-1], targets, LENGTH + 2, LENGTH + 1)
+    targets[:, :SOURCE_LENGTH + 1] = -1     # only what follows SEP can be predicted
+    return task_data(vocab, rows[:, :-1], targets, SOURCE_LENGTH + 2, SOURCE_LENGTH + 1)
 
 
 def chain():
     """
-    A task that needs depth. There are 7 rounds of 8 places. A place holds a digit, or the letter that names a place in
-    the round before. The target at each place is the digit at the end of its chain, and each hop on the way needs what
-    another place found out first. The 8 chains of a round never share a letter, so a model that cannot follow them
-    guesses.
+    A task that needs depth: 5 rounds of 6 places. In round 0 every place holds a digit, later a digit or a letter that
+    names a place in the previous round. The target at each place is the digit at the end of its chain of letters, so
+    each hop depends on the one before. No digit or letter occurs twice within a round, so a model that cannot follow
+    the chains must guess.
     """
-    vocab = DIGITS + PLACES
-    generator = np.random.default_rng(0)
-    n, W = CHAIN_TRAIN_SEQUENCES + VAL_SEQUENCES, CHAIN_WIDTH
-    row = np.arange(n)[:, None]
+    rng = np.random.default_rng(0)
+    n = CHAIN_TRAIN_SEQUENCES + VAL_SEQUENCES
 
-    def shuffled(k):        # W different numbers below k in every row
-        return generator.permuted(np.tile(np.arange(k), (n, 1)), axis=1)[:, :W]
+    def distinct(k):        # PLACES distinct numbers below k in every row
+        return rng.random((n, k)).argsort(axis=1)[:, :PLACES]
 
-    idx = targets = shuffled(len(DIGITS))                                                  # (n, W), the first round
-    for start in range(W, CHAIN_ROUNDS * W, W):
-        digits, before = shuffled(len(DIGITS)), start - W + shuffled(W)
-        is_digit = generator.random((n, W)) < CHAIN_NEW
+    idx = targets = distinct(len(DIGITS))                                                  # (n, PLACES), round 0
+    for start in range(PLACES, ROUNDS * PLACES, PLACES):
+        digits, before = distinct(len(DIGITS)), start - PLACES + distinct(PLACES)
+        is_digit = rng.random((n, PLACES)) < DIGIT_SHARE
+        reached = np.take_along_axis(targets, before, axis=1)
         idx = np.hstack([idx, np.where(is_digit, digits, len(DIGITS) + before)])
-        targets = np.hstack([targets, np.where(is_digit, digits, targets[row, before])])
-    return task_data("chain", vocab, idx, targets, CHAIN_ROUNDS * W, 1)
+        targets = np.hstack([targets, np.where(is_digit, digits, reached)])
+    return task_data(DIGITS + LETTERS, idx, targets, ROUNDS * PLACES, 0)
 
 
-def load(name=None):
-    """The corpus `name`, see the top of this file. Without a name Shakespeare, else stdlib and a line that says why."""
-    if name is None:
-        try:
-            return load("shakespeare")
-        except UserError as error:
-            print(f"{error}. Going on with stdlib, the sources of Python's standard library.")
-            name = "stdlib"
-    if name == "shakespeare":
-        return text_data(name, fetch(name).decode("utf-8"))
+def load(name):
+    """Load the corpus `name` (see the top of this file); raise OSError or ValueError if that fails."""
+    if name in ("copy", "sort"):
+        return copy_or_sort(name)
+    if name == "chain":
+        return chain()
     if name == "enwik8":        # raw XML; the loss is per unicode character
-        with zipfile.ZipFile(io.BytesIO(fetch(name))) as archive:
-            return text_data(name, archive.read("enwik8").decode("utf-8"), ENWIK8_CUTS)
+        with zipfile.ZipFile(fetch(name)) as archive:
+            return text_data(archive.read("enwik8").decode("utf-8"), ENWIK8_SPLIT)
     if name == "stdlib":        # its top-level modules, 4.7 million characters in Python 3.11
         files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-        return text_data(name, "".join(file.read_text(encoding="utf-8") for file in files))
-    if name in TASKS:
-        return chain() if name == "chain" else copy_or_sort(name)
-    if not Path(name).is_file():
-        raise UserError(f"--data {name} is not a file: give a text file, or shakespeare, enwik8, stdlib, copy, sort, "
-                        f"chain")
-    try:
-        return text_data(name, Path(name).read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"--data {name} is not UTF-8 text (byte {error.start}): convert it first")
+        return text_data("".join(file.read_text(encoding="utf-8") for file in files))
+    path = fetch(name) if name == "shakespeare" else Path(name)
+    return text_data(path.read_text(encoding="utf-8"))

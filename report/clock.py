@@ -1,32 +1,34 @@
 """
-What skipping is worth on the clock: python -m report.clock --ckpt out/halt/ckpt.pt
+Measure what skipping saves in wall-clock time: python -m report.clock out/halt/ckpt.pt --out report/clock.csv
 
-Times the plain model, masked with all gates open, and gathered, taking turns in one process and in float32, at two
-kinds of work: prefill reads a whole window, decode reads its second half token by token. Gathered gates are random and
-replayed, open for each share of KEEPS; a checkpoint runs with its own too, on validation text. Without one, random
-weights have the paper's width.
+Times the plain model and the executed model alternately, in one process and in float32. Prefill processes whole
+windows; decode processes the second half of each window token by token. All gates are replayed: the model's own, and
+random ones that are open with each probability in KEEPS. The text is from the validation split; without a checkpoint,
+the text and the weights are random, at the paper's width. "allowed" is the speed-up that the saved multiply-adds alone
+would give.
 """
-import json
+import argparse
+import contextlib
+import csv
+import functools
 import statistics
-import sys
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
 
 import data
-from report.counts import macs_per_token
-from train import Parser, load_checkpoint, load_corpus, mean, number, pick_device, run_program
-from tsa import KV, Config, UserError, build, keep_freed_memory, stack
+from report.depth import replay
+from train import keep_freed_memory, load_checkpoint, pick_device
+from tsa import KV, Config, build, multiply_adds
 
-BATCHES = {"prefill": (1, 8, 64), "decode": (1, 8)}
-KEEPS = (1.0, 0.9, 0.726, 0.5, 0.3, 0.1)        # 0.726 is the paper's alpha on Tiny-Shakespeare
+BATCHES = {"prefill": (64, 8, 1), "decode": (8, 1)}
+KEEPS = (0.726, 0.5, 0.3)       # 0.726 is the paper's alpha on Tiny-Shakespeare
 
 
 def timed(call, device):
-    """Seconds that a call takes, with the work that it leaves on the device."""
+    """Seconds that a call takes, including the work that it queues on the device."""
     began = time.perf_counter()
     call()
     if device != "cpu":
@@ -34,106 +36,99 @@ def timed(call, device):
     return time.perf_counter() - began
 
 
-def decode(model, idx, mode, gates):
-    """-> a function that reads the second half of idx (B, T) token by token, after the first half was cached."""
+def forward(model, idx, gates, cache=None):
+    """One executed forward pass: with the given gates, or of the plain model if gates is None."""
+    with contextlib.nullcontext() if gates is None else replay(model, gates):
+        return model(idx, "executed", cache)
+
+
+def decode(model, idx, gates):
+    """Return a function that decodes the second half of idx (B, T) token by token, with the first half cached."""
     half, T = idx.size(1) // 2, idx.size(1)
     cache = [KV(len(idx), model.config, model.wte.weight) for _ in model.blocks]
-    pieces = [slice(0, half)] + [slice(t, t + 1) for t in range(half, T)]
-    gates = [None if gates is None else gates[:, :, piece] for piece in pieces]
-    model(idx[:, :half], mode, gates[0], cache)
+    pieces = [slice(half)] + [slice(t, t + 1) for t in range(half, T)]
+    steps = [(idx[:, piece], None if gates is None else gates[:, :, piece]) for piece in pieces]
+    forward(model, *steps[0], cache)
 
-    def read():
+    def call():
         for kv in cache:
-            kv.length = half        # forget the tokens of the last round
-        for piece, gate in zip(pieces[1:], gates[1:]):
-            model(idx[:, piece], mode, gate, cache)
-    return read
+            kv.length = half        # drop the tokens of the previous round
+        for step in steps[1:]:
+            forward(model, *step, cache)
+    return call
 
 
 def draw_gates(config, idx, keep):
-    """Switches (L, B, T) to replay: block 0 runs, and the others are open for a share `keep` of the tokens."""
+    """Random switches (L, B, T): block 0 runs for all tokens, the other blocks for a share `keep` of them."""
     gates = torch.rand(config.n_layer, *idx.shape, device=idx.device) < keep
     gates[0] = True
-    if config.model in ("exit", "halt"):        # a token that left stays out: as many blocks, but the lowest
+    if config.model in ("exit", "halt"):        # a stopped token runs no more blocks: keep the count, use the first
         gates[1:] = gates[1:].sort(0, descending=True).values
     return gates
 
 
-def filling(gates):
-    """gates (L, B, T) -> tokens that gathered attention computes, n from every sequence, over those that are open."""
-    n_open = gates[~gates.all(2).all(1)].sum(2)                                            # (blocks that gather, B)
-    return (n_open.amax(1).sum() * gates.size(1) / n_open.sum()).item() if n_open.any() else 1.0
-
-
 @torch.inference_mode()
-def clock(dense, model, text, work, B, seconds, device):
+def clock(plain, model, text, work, B, seconds, device):
     """
-    Time one kind of work at batch B -> rows. ms is the median, with quartiles, of a prefill or of decoding a token;
-    speedup, over dense, the median of the ratios round by round; allowed what multiply-adds of a full window give.
+    Time one kind of work at batch size B and return its rows. `ms` is the median time of a prefill or of a decode step;
+    `ms_low` and `ms_high` are its quartiles.
     """
     config, T = model.config, model.config.block_size
-    if text is None:
-        idx = torch.randint(config.vocab_size, (B, T), device=device)
-    else:
-        idx = text.repeat(B * T // len(text) + 1)[:B * T].view(B, T)
-    prepare, n = (partial, T) if work == "prefill" else (decode, T - T // 2)        # a call that reads n tokens
-    whole = draw_gates(config, idx, 1.0)
-    cases = [("dense", "none", whole, prepare(dense, idx, "trained", None)),
-             ("masked", "all open", whole, prepare(model, idx, "masked", whole))]
-    if text is not None:
-        own = stack(model(idx, "gathered")[1], idx) != 0
-        cases.append(("gathered", "own", own, prepare(model, idx, "gathered", None)))
-    for keep in KEEPS:
-        gates = draw_gates(config, idx, keep)
-        cases.append(("gathered", f"random {keep}", gates, prepare(model, idx, "gathered", gates)))
+    idx = text.repeat(B * T // len(text) + 1)[:B * T].view(B, T)
+    cases = [("plain", plain, None), ("own", model, model(idx, "executed")[1] != 0)]
+    cases += [(f"random {keep}", model, draw_gates(config, idx, keep)) for keep in KEEPS]
+    calls = [decode(m, idx, gates) if work == "decode" else functools.partial(forward, m, idx, gates)
+             for _, m, gates in cases]
     rounds, end = [], time.perf_counter() + seconds
     while len(rounds) < 4 or time.perf_counter() < end:
-        rounds.append([timed(call, device) for *_, call in cases])
-
-    rows, all_times = [], list(zip(*rounds[1:]))        # the first round warmed up
-    for (mode, kind, gates, _), times in zip(cases, all_times):
-        low, median, high = (1000 * t / (1 if work == "prefill" else n) for t in statistics.quantiles(times, n=4))
-        ran = gates[:, :, T - n:].cpu().double().mean((1, 2)).tolist()
-        macs = macs_per_token(dense.config if mode == "dense" else config, ran, decode=work == "decode")
-        rows.append({
-            "work": work, "batch": B, "mode": mode, "gates": kind, "keep": mean(ran[1:]), "block_size": T,
-            "device": device, "ms": median, "ms_low": low, "ms_high": high,
-            "speedup": statistics.median(plain / t for plain, t in zip(all_times[0], times)),
-            "allowed": macs_per_token(dense.config, [1.0] * len(ran)) / macs,
-            "filling": filling(gates) if mode == "gathered" and work == "prefill" else None})
+        rounds.append([timed(call, device) for call in calls])
+    n = 1 if work == "prefill" else T - T // 2
+    rows, all_times = [], list(zip(*rounds[1:]))        # the first round is the warm-up
+    for (name, m, gates), times in zip(cases, all_times):
+        low, median, high = (1000 * t / n for t in statistics.quantiles(times, n=4))
+        ran = [1.0] * config.n_layer
+        if gates is not None:
+            ran = gates[:, :, T - T // 2 if work == "decode" else 0:].double().mean((1, 2)).tolist()
+        macs = multiply_adds(m.config, ran, decode=work == "decode")
+        rows.append({"work": work, "batch": B, "gates": name, "open": sum(ran[1:]) / (len(ran) - 1), "ms": median,
+                     "ms_low": low, "ms_high": high,
+                     "speedup": statistics.median(a / b for a, b in zip(all_times[0], times)),
+                     "allowed": multiply_adds(plain.config, [1] * len(ran), decode=work == "decode") / macs})
     return rows
 
 
-def main(argv):
-    parser = Parser(prog="report.clock", description="Time the plain model, masked and gathered.")
-    parser.add_argument("--ckpt", type=Path, help="time this model, with its own gates too (default: random weights)")
-    parser.add_argument("--device", help="cpu, cuda, mps ... (default: the best that works)")
-    parser.add_argument("--seconds", type=number(float, 0, 3600), default=25, help="per work and batch (default 25)")
-    parser.add_argument("--out", type=Path, default=Path("clock.json"), help="where rows go (default clock.json)")
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="report.clock", description="Time the plain and the executed model.")
+    parser.add_argument("ckpt", type=Path, nargs="?", help="time this model (default: random weights)")
+    parser.add_argument("--device", help="device to use (default: the best one available)")
+    parser.add_argument("--seconds", type=float, default=20, help="seconds per work and batch size (default: 20)")
+    parser.add_argument("--out", type=Path, help="csv file to which the rows are appended")
     args = parser.parse_args(argv)
     device = pick_device(args.device)
     keep_freed_memory()
     torch.manual_seed(0)
-    model, text = build(Config(block_size=256)), None
     if args.ckpt:
         model, saved = load_checkpoint(args.ckpt, device)
-        text = load_corpus(saved, args.ckpt).windows("val", model.config.block_size)[0].flatten().to(device)
-    config = model.config
-    if config.model == "dense" or config.block_size < 2:
-        raise UserError(f"{args.ckpt} has nothing to skip or decode: give one with gates and a block_size above 1")
-    model, dense = (m.to(device).eval() for m in (model, build(replace(config, model="dense"))))
-    print(f"{torch.get_num_threads()} threads on {device}, torch {torch.__version__}, {config}")
-    rows = []
+        text = data.load(saved["flags"]["data"]).windows("val", model.config.block_size)[0].flatten().to(device)
+    else:
+        model = build(Config(block_size=256)).to(device).eval()
+        text = torch.randint(65, (64 * 256,), device=device)
+    plain = build(replace(model.config, model="dense")).to(device).eval()
+    print(f"{torch.get_num_threads()} threads on {device}, torch {torch.__version__}, {model.config}")
     for work, batches in BATCHES.items():
         for B in batches:
-            for row in clock(dense, model, text, work, B, args.seconds, device):
-                rows.append(row)
-                print("{work:8} batch {batch:<3} {mode:9}{gates:12} {keep:.3f} {ms:10.3f} ms ({ms_low:.3f} to "
-                      "{ms_high:.3f})  {speedup:.2f}x of {allowed:.2f}x allowed"
-                      .format(**row), f"  filled up {row['filling']:.2f}x" if row["filling"] else "")
-            data.write_atomic(args.out, json.dumps(rows, indent=1).encode("utf-8"))     # Ctrl-C keeps what is done
-    print(f"written to {args.out}; filled up: the tokens that attention computes over those whose gate is open")
+            rows = clock(plain, model, text, work, B, args.seconds, device)
+            for row in rows:
+                print("{work:8} batch {batch:<3} {gates:12} {open:.3f} {ms:10.3f} ms ({ms_low:.3f} to {ms_high:.3f})  "
+                      "speed-up {speedup:.2f}, allowed {allowed:.2f}".format(**row))
+            if args.out:
+                is_new = not args.out.exists()
+                with open(args.out, "a", newline="", encoding="utf-8") as file:
+                    writer = csv.DictWriter(file, ["model", *rows[0]])
+                    if is_new:
+                        writer.writeheader()
+                    writer.writerows({"model": args.ckpt or "random weights"} | row for row in rows)
 
 
 if __name__ == "__main__":
-    sys.exit(run_program("report.clock", main))
+    main()

@@ -1,103 +1,110 @@
 """
-Loss against work, both as executed: python -m report.plot report/results.csv report/frontier.svg
+Collect finished runs: python -m report.plot out --csv report/results.csv --svg report/frontier.svg
 
-Reads the results.csv of `train.py --table`. Plain models make one curve, over their depth. Others make one for each
-model, gate and depth, over lam or threshold. A point is the mean over seeds.
+Reads every result.json below the folders, and the scores.json of report.depth beside it. Name the folders of runs that
+differ only in their seed NAME-s0, NAME-s1, ...; their means and standard deviations are printed on one line. All rows
+go to a csv file; the plot shows the loss against the multiply-adds saved, both as executed.
 """
-import ast
+import argparse
 import csv
-import io
+import json
+import statistics
 import sys
-from dataclasses import replace
 from pathlib import Path
 
-import torch
+from tsa import Config, multiply_adds
 
-import data
-from report.counts import macs_of_old_row, macs_per_token
-from train import Parser, mean, reason, run_program
-from tsa import Config, UserError, build
-
-COMMON = ("data", "n_embd", "n_head", "block_size", "batch_size", "max_iters", "learning_rate", "dropout")
+COLUMNS = ("setting", "run", "split", "model", "gate", "n_layer", "lam", "threshold", "gate_bias", "seed", "val_loss",
+           "val_loss_executed", "tlops_saved", "macs_saved", "accuracy", "permuted", "permuted_executed", "ran",
+           "gates", "hops", "n_params", "device", "dtype", "torch", "seconds", "commit")
+SCORES = ("val_loss", "val_loss_executed", "tlops_saved", "macs_saved")
 
 
-def new_figure(width, height):
-    """A matplotlib figure, in inches; UserError where matplotlib is missing."""
+def read_rows(folders, commit):
+    """The rows of all finished runs: result.json, and rows of scores.json with another split, gate or threshold."""
+    rows = []
+    for path in sorted(path for folder in folders for path in Path(folder).rglob("result.json")):
+        result = json.loads(path.read_text("utf-8"))
+        name = Path(result["data"]).name
+        result["setting"] = name if name in ("chain", "copy", "sort") else f"{result['preset']} {name}"
+        result |= {"run": path.parent.name, "split": "val", "commit": commit}
+        if result["model"] == "dense":      # what fewer layers save beside the preset's 6
+            config = Config(**{key: result[key] for key in ("model", "vocab_size", "block_size", "n_embd", "n_head")})
+            result["tlops_saved"] = 1 - result["n_layer"] / 6
+            result["macs_saved"] = 1 - multiply_adds(config, result["ran"]) / multiply_adds(config, [1] * 6)
+        rows.append(result)
+        scores = path.with_name("scores.json")
+        for score in json.loads(scores.read_text("utf-8")) if scores.exists() else []:
+            if all(score[key] == result[key] for key in ("split", "gate", "threshold")):
+                result |= score
+            else:
+                rows.append(result | score)
+    return rows
+
+
+def summarize(rows):
+    """Rows -> a dictionary per group of seeds, with the mean and standard deviation of each score."""
+    groups = {}
+    for row in rows:
+        key = row["setting"], row["run"].rpartition("-s")[0] or row["run"], row["split"], row["gate"], row["threshold"]
+        groups.setdefault(key, []).append(row)
+    summary = []
+    for key, group in groups.items():
+        line = dict(zip(("setting", "name", "split", "gate", "threshold"), key), n=len(group), model=group[0]["model"])
+        for score in SCORES:
+            values = [row[score] for row in group]
+            line[score] = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+        summary.append(line)
+    return sorted(summary, key=lambda line: (line["setting"], line["macs_saved"]))
+
+
+def draw(summary, path):
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError("this picture needs matplotlib: pip install matplotlib")
-    return Figure(figsize=(width, height), layout="constrained")
+        sys.exit("this figure needs matplotlib: pip install matplotlib")
+    settings = sorted({line["setting"] for line in summary})
+    figure = Figure(figsize=(5 * len(settings), 4), layout="constrained")
+    for axes, setting in zip(figure.subplots(1, len(settings), squeeze=False)[0], settings):
+        curves = {}
+        for line in summary:
+            if line["setting"] == setting:
+                name = line["model"] if line["gate"] is None else f"{line['model']} {line['gate']}"
+                curves.setdefault(name, []).append((100 * line["macs_saved"][0], *line["val_loss_executed"]))
+        best = min(loss for points in curves.values() for _, loss, _ in points)
+        for name, points in curves.items():
+            saved, loss, spread = zip(*points)
+            axes.errorbar(saved, loss, spread, fmt="o-", capsize=3, label=name)
+        axes.set(title=setting, xlabel="multiply-adds saved (%)", ylabel="validation loss, as executed")
+        axes.set_ylim(0.99 * best, 1.06 * best)     # crops out models whose loss explodes when executed
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    figure.savefig(path, format="svg", metadata={"Date": None})
 
 
-def save_figure(figure, path):
-    svg = io.BytesIO()
-    figure.savefig(svg, format="svg", metadata={"Date": None})
-    data.write_atomic(path, svg.getvalue())
-
-
-def config_of(row):
-    """The Config of a row. Its vocabulary is what the other parameters leave of n_params."""
-    sizes = {name: int(row[name]) for name in ("n_layer", "n_head", "n_embd", "block_size")}
-    config = Config(model=row["model"], vocab_size=1, **sizes)
-    with torch.device("meta"):
-        others = sum(parameter.numel() for parameter in build(config).parameters())
-    return replace(config, vocab_size=1 + (int(row["n_params"]) - others) // config.n_embd)
-
-
-def points_of(row):
-    """A row -> for each of its points its setting, which seeds share, and (million multiply-adds, loss)."""
-    config = config_of(row)
-    own = {"threshold": row["threshold"], "val_loss": row["val_loss_executed"],
-           "tlops_saved": row["tlops_saved_executed"], "ran": ast.literal_eval(row.get("ran") or "[]")}
-    for point in ast.literal_eval(row.get("thresholds") or "[]") or [own]:      # early exit: its sweep
-        if point.get("ran"):
-            macs = macs_per_token(config, point["ran"])
-        else:
-            macs = macs_of_old_row(config, float(point["tlops_saved"]))
-        setting = row["n_layer"], row["lam"], row["gate_bias"], point["threshold"]
-        yield setting, (macs / 1e6, float(point["val_loss"]))
-
-
-def read_curves(path):
-    """results.csv -> {label: points, sorted}"""
-    kinds, curves = set(), {}
-    try:
-        for row in csv.DictReader(io.StringIO(path.read_text("utf-8"))):
-            kinds.add(tuple(row[name] for name in COMMON))
-            label = row["model"]
-            if label != "dense":
-                label = f"{' '.join(filter(None, (label, row['gate'])))}, {row['n_layer']} blocks"
-            for setting, point in points_of(row):
-                curves.setdefault(label, {}).setdefault(setting, []).append(point)
-    except (ValueError, TypeError, KeyError, SyntaxError) as error:
-        raise UserError(f"{path} is not a results.csv of train.py --table ({reason(error)})")
-    if len(kinds) != 1:
-        raise UserError(f"{path} has {len(kinds)} kinds of {', '.join(COMMON)}, and losses compare only within one")
-    return {label: sorted([mean(column) for column in zip(*seeds)] for seeds in settings.values())
-            for label, settings in curves.items()}
-
-
-def main(argv):
-    parser = Parser(prog="report.plot", description="Draw loss against multiply-adds, both as executed.")
-    parser.add_argument("csv", type=Path, help="results.csv of train.py --table")
-    parser.add_argument("svg", type=Path, help="where the picture goes")
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="report.plot", description="Collect finished runs.")
+    parser.add_argument("folders", nargs="+", help="folders of runs, searched recursively")
+    parser.add_argument("--commit", default="", help="the commit that the runs were made with, for the csv file")
+    parser.add_argument("--csv", type=Path, help="write all rows to this file")
+    parser.add_argument("--svg", type=Path, help="plot the loss against the multiply-adds saved to this file")
     args = parser.parse_args(argv)
-    curves, figure = read_curves(args.csv), new_figure(8, 5)
-    axes, best = figure.subplots(), min(loss for points in curves.values() for _, loss in points)
-    for label, points in curves.items():
-        lowest = min(loss for _, loss in points)
-        if lowest > 1.07 * best:        # a model that falls apart when executed would leave no room for the others
-            label += f" (above: from {lowest:.2f})"
-        axes.plot(*zip(*points), "o-", label=label)
-    axes.set(xlabel="million multiply-adds per token, executed", ylabel="validation loss, as executed")
-    axes.set_ylim(0.99 * best, 1.07 * best)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    save_figure(figure, args.svg)
-    print(f"written to {args.svg}")
+    rows = read_rows(args.folders, args.commit)
+    if not rows:
+        sys.exit(f"no finished run (result.json) below {', '.join(args.folders)}")
+    summary = summarize(rows)
+    for line in summary:
+        print("{setting:19} {name:24} {split:4} {gate!s:5} {threshold!s:5} n={n}".format(**line),
+              *("{:.4f} ± {:.4f}".format(*line[score]) for score in SCORES[:2]),
+              *("{:.1%} ± {:.1%}".format(*line[score]) for score in SCORES[2:]), sep="  ")
+    if args.csv:
+        with open(args.csv, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+    if args.svg:
+        draw(summary, args.svg)
 
 
 if __name__ == "__main__":
-    sys.exit(run_program("report.plot", main))
+    main()
