@@ -1036,7 +1036,7 @@ def test_excerpts_of_the_readme_are_in_the_code():
     """A tutorial that quotes a different program from the one it comes with is worse than none."""
     code = " ".join(" ".join((HERE / name).read_text(encoding="utf-8").split()) for name in ("tsa.py", "train.py"))
     excerpts = [block for block in blocks_of_readme() if "GATES[" not in block]
-    assert len(excerpts) >= 4
+    assert len(excerpts) >= 3
     for excerpt in excerpts:
         for part in excerpt.split("..."):
             assert " ".join(part.split()) in code, part

@@ -2,18 +2,18 @@
 Token-Selective Attention: a character transformer in which a router decides for each token which blocks it runs.
 
 Written from scratch after "Adaptive Computation Depth via Learned Token Routing in Transformers" (arXiv 2605.05222).
-The idea is to give each token a gate for each block. The gate scales both residual updates of the block:
+The idea is to give each token a gate for each block. It scales both residual updates of the token's state x:
 
-    h = h + gate * attn(ln1(h))                                                       (1)
-    h = h + gate * ffn(ln2(h))                                                        (2)
+    x = x + gate * attn(ln1(x))                                                       (1)
+    x = x + gate * ffn(ln2(x))                                                        (2)
 
-After every block but the last, a router computes from h the probability p that the token skips the next block:
+After every block but the last, a router computes from x the probability p that the token skips the next block:
 
-    p = sigmoid(W2 relu(W1 h + b1) + b2)                                              (3)
+    p = sigmoid(W2 relu(W1 x + b1) + b2)                                              (3)
     gate = 1 - p                                                                      (4)
 
 A gate is either a scale (a float tensor) or a switch (a bool tensor). If it is 0 or False it is closed, and the token
-skips the block and keeps its h; otherwise it is open. Other tokens still attend to the token's keys and values, so a
+skips the block and keeps its x; otherwise it is open. Other tokens still attend to the token's keys and values, so a
 skipped block is cheap, but not free.
 
 A model runs in one of two modes:
@@ -62,7 +62,7 @@ class Config:
 # ----------------------------------------------------------------------------------------------------------------
 # Gate designs: the place to experiment. A design is a pair of functions of the router's probability p (B, T) and the
 # threshold. The first returns the gate for training, the second the gate for inference. Return floats for a scale and
-# bools for a switch.
+# bools for a switch; in training, a switch may be a float that carries a gradient.
 
 def soft(p, threshold):
     """The paper's gate in training, equation (4): a scale."""
@@ -80,7 +80,7 @@ GATES = {"soft": (soft, binary), "skip": (soft, skip)}      # name: (training ga
 
 
 class Router(nn.Module):
-    """The gate MLP, equation (3): h (..., C) -> p (...), the probability of skipping the next block, or of halting."""
+    """The gate MLP, equation (3): x (..., C) -> p (...), the probability of skipping the next block, or of halting."""
 
     def __init__(self, config):
         super().__init__()
@@ -89,12 +89,12 @@ class Router(nn.Module):
         self.out = nn.Linear(width, 1)
         nn.init.constant_(self.out.bias, config.gate_bias)
 
-    def logit(self, h):
+    def logit(self, x):
         # float32 from here on: in bfloat16, 1 - p would round to 0 when p is near 1.
-        return self.out(F.relu(self.fc(h))).squeeze(-1).float()
+        return self.out(F.relu(self.fc(x))).squeeze(-1).float()
 
-    def forward(self, h):
-        return torch.sigmoid(self.logit(h))
+    def forward(self, x):
+        return torch.sigmoid(self.logit(x))
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ class Router(nn.Module):
 class KV:
     """The KV cache of one block. It holds keys and values of all tokens, including those that skipped the block."""
 
-    def __init__(self, batch_size, config, like):
+    def __init__(self, batch_size, config, like):       # like: a tensor with the device and dtype of the cache
         self.kv = like.new_empty(batch_size, config.block_size, 2 * config.n_embd)
         self.length = 0
 
@@ -143,7 +143,8 @@ class Attention(nn.Module):
         k, v = kv.view(B, -1, 2, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)     # (B, nh, S, hs)
         mask = None if at is None else self.causal[at, :k.size(2)].unsqueeze(1)            # (B, 1, n, S)
         dropout_p = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=at is None and n > 1)
+        is_causal = at is None and n > 1        # the newest token alone may attend to everything
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal)
         return self.proj(y.transpose(1, 2).flatten(2))
 
 
@@ -188,7 +189,7 @@ class Block(nn.Module):
         """The result of forward, computed only for tokens whose gate is open: (B, T, C), (B, T) -> (B, T, C)."""
         assert not self.training, "dropout here would differ from forward's: use gathered only in eval mode"
         n_open = gate.count_nonzero().item()
-        if n_open == gate.numel():      # nothing to skip; a bool gate needs no scaling either
+        if n_open == gate.numel():      # nothing to skip, and with a bool gate nothing to scale
             return self(x, None if gate.dtype == torch.bool else gate, cache)
         h = self.ln1(x)
         kv = self.attn.keys_values(h, cache)        # for all tokens, because open ones attend to closed ones too
@@ -201,10 +202,10 @@ class Block(nn.Module):
         #           1 0 0 0        0 1                        1 0    <- position 1 is padding
         is_open = gate != 0
         n = is_open.sum(1).max().item()
-        at = is_open.int().argsort(dim=1, descending=True, stable=True)[:, :n]             # (B, n)
+        at = is_open.int().argsort(dim=1, descending=True, stable=True)[:, :n]             # (B, n) distinct positions
         pick = at.unsqueeze(-1).expand(-1, -1, x.size(-1))                                 # (B, n, C)
         y, g = x.gather(1, pick), gate.gather(1, at).to(x.dtype).unsqueeze(-1)             # (B, n, C), (B, n, 1)
-        # In a single-token step (T = 1) the token is the newest: it attends to the whole cache, so no mask is needed.
+        # In a single-token step (T = 1) the token is the newest: it attends to the whole cache, without a mask.
         y = y + g * self.attn(h.gather(1, pick), kv, at if x.size(1) > 1 else None)        # equation (1)
         y = y + g * self.ffn(self.ln2(y))                                                  # equation (2)
         return x.scatter(1, pick, y)
@@ -219,7 +220,7 @@ def token_loss(logits, targets):
 
 
 class Transformer(nn.Module):
-    """The plain transformer, and the loop over the blocks that all models share."""
+    """The plain transformer, and the loop over the blocks that the other models share."""
 
     def __init__(self, config):
         super().__init__()
@@ -252,7 +253,7 @@ class Transformer(nn.Module):
         return self.predict(x, gates), gates
 
     def embed(self, idx, cache=None):
-        """(B, T) -> (B, T, C)"""
+        """(B, T) -> (B, T, C), at the positions after those in the cache."""
         start, T = cache[0].length if cache else 0, idx.size(1)
         assert start == 0 or T == 1, "once the cache holds tokens, it accepts one token at a time"
         return self.drop(self.wte(idx) + self.wpe.weight[start:start + T])
@@ -310,7 +311,8 @@ class Exit(Transformer):
 
     def predict(self, x, gates):
         h = self.ln_f(x)
-        # Gate l + 1 is closed if the token exited after block l or earlier. Going down applies the exit block last.
+        # If a token exited after block e, its gates e + 1 and higher are closed. So every l >= e replaces its h, and
+        # l = e comes last.
         for l in reversed(range(1, self.config.n_layer - 1)):
             h = torch.where(gates[l + 1].bool().unsqueeze(-1), h, self.exit_norms[l](x))
         return self.head(h)
@@ -329,7 +331,7 @@ class Halt(Transformer):
     """
     Our own model: a token runs block after block until its router says halt. p_l is the probability of halting after
     block l (1 after the last), so a token reaches block l with probability survive_l = (1 - p_0) ... (1 - p_{l-1}).
-    Let CE_l be the cross-entropy of the prediction from h after block l. Training minimizes
+    Let CE_l be the cross-entropy of the prediction from x after block l. Training minimizes
 
         HALT_SHARE  * sum over l of survive_l p_l CE_l      predict well at the block where the token halts
       + EVERY_SHARE * mean of CE_l over l > 0               train the blocks that few tokens reach
@@ -357,12 +359,12 @@ class Halt(Transformer):
         """Run as in training and yield, per block, its output x (B, T, C), survive (B, T) and router logit (B, T)."""
         x = self.embed(idx, cache)
         # In training every token runs all blocks, even past the point where it would halt, so that every depth gets a
-        # loss. Keys and values are computed from `frozen`, the token's h at that point, as they are at inference.
+        # loss. Keys and values are computed from `frozen`, the token's x at that point, as they are at inference.
         frozen, running = x, torch.ones(idx.shape, dtype=torch.bool, device=idx.device)
         survive = torch.ones(idx.shape, device=idx.device)
         for l, block in enumerate(self.blocks):
             x = block(x, None, None if cache is None else cache[l], source=frozen)
-            frozen = torch.where(running.unsqueeze(-1), x, frozen)
+            frozen = torch.where(running.unsqueeze(-1), x, frozen)      # a token that halts here keeps this x
             is_last = l == len(self.routers)        # the last block has no router: p = sigmoid(inf) = 1
             logit = torch.full_like(survive, torch.inf) if is_last else self.routers[l].logit(x)
             yield x, survive, logit
@@ -450,15 +452,15 @@ def multiply_adds(config, ran, T=None, decode=False):
     """
     C, T, total = config.n_embd, T or config.block_size, 0
     for share in ran:
-        # The plain block's causal kernel skips future keys: T / 2 remain on average, each multiplied once for its
-        # score and once for its value. Decoding also has T / 2 keys on average, because the cache grows from 0 to T.
-        # The gathered block's masked kernel multiplies all T keys.
-        keys = T if share == 1 or decode else 2 * T
+        # Each key that a query attends to is multiplied twice, for its score and for its value. The plain block's
+        # causal kernel skips future keys, which leaves T / 2 on average, and so does decoding, whose cache grows from
+        # 0 to T. The gathered block's masked kernel multiplies all T keys.
+        attention = (T / 2 if share == 1 or decode else T) * 2 * C
         total += 2 * C * C                                          # keys and values, for all tokens
-        total += share * (2 * C * C + keys * C + 8 * C * C)         # query and output, attention, feed-forward
+        total += share * (2 * C * C + attention + 8 * C * C)        # query and output, attention, feed-forward
     routers = len(ran) - 1 if config.model in ("tsa", "halt") else 0
     if config.model == "halt" and decode:
-        routers = sum(ran[:-1])                         # in decoding, a halted token runs no more routers
+        routers = sum(ran[:-1])     # in decoding, router l runs only if the token ran block l
     heads = len(ran) - 1 if config.model == "exit" else 1       # early exit predicts after each block but the first
     return total + routers * (C + 1) * max(C // 4, 16) + heads * C * config.vocab_size
 
