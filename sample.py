@@ -36,7 +36,7 @@ def parse_args(argv):
     add("--top_k", type=positive_int, help="sample from the k most likely tokens; by default from all")
     add("--seed", type=int, default=0, help="random seed")
     add("--device", help="cpu, cuda, mps ...; by default the best one available")
-    add("--mode", choices=MODES, help="trained: the gates of training; executed: those of inference; by default "
+    add("--mode", choices=MODES, help="trained: the training gates; executed: the inference-time gates; by default "
                                       "executed, except that the paper's soft gate runs as trained")
     add("--map", action="store_true", help="show the gates of the prompt instead of continuing it")
     return parser.parse_args(argv)

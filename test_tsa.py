@@ -795,6 +795,7 @@ def test_bad_text_is_one_line(run_train, text_file, tmp_path, capsys, content, w
     (["--n_embd", -1], ["--n_embd"]), (["--batch_size", 0], ["--batch_size"]), (["--max_iters", -1], ["--max_iters"]),
     (["--model", "halt", "--gate", "soft"], ["--gate"]), (["--data", "no/such/file"], ["no/such/file"]),
     (["--model", "exit", "--n_layer", 2], ["n_layer 3"]), (["--resume", "."], ["no other flag"]),
+    (["--dropout", 2], ["dropout"]),
 ])
 def test_bad_flags_are_one_line(run_train, capsys, flags, words):
     """An invalid flag or value is reported by name."""

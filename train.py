@@ -261,14 +261,14 @@ def train(args):
         corpus = load_data(args)
         args.device = device
         args.dtype = args.dtype or ("bfloat16" if supports_bfloat16(device) else "float32")
-        fields = {name: value for name, value in vars(args).items() if name in Config.__dataclass_fields__}
+        fields = {name: value for name, value in vars(args).items()
+                  if name in Config.__dataclass_fields__ and value is not None}
+        seed_step(args.seed, 0)
         try:
             corpus.check_block_size(args.block_size)
-            config = Config(vocab_size=len(corpus.vocab), **{k: v for k, v in fields.items() if v is not None})
+            model = build(Config(vocab_size=len(corpus.vocab), **fields)).to(device)
         except ValueError as error:
             sys.exit(f"train.py: {error}")
-        seed_step(args.seed, 0)
-        model = build(config).to(device)
         args.out_dir = new_folder(args)
     out_dir, rows = Path(args.out_dir), saved["rows"]
     out_dir.mkdir(parents=True, exist_ok=True)
