@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import data
-from train import HelpFormatter, load_checkpoint, pick_device, positive_int
+from train import load_checkpoint, pick_device, positive_int
 from tsa import MODES, default_mode, generate, macs_saved, tlops_saved
 
 BUNDLED = Path(__file__).resolve().parent / "report" / "halt.pt"
@@ -26,16 +26,15 @@ SHADES = " .:-=+*#%@"                       # used without colors: one shade per
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(prog="sample.py", usage=argparse.SUPPRESS,
-                                     description="Generate text with a trained model, or show its gates.",
-                                     formatter_class=HelpFormatter)
+                                     description="Generate text with a trained model, or show its gates.")
     add = parser.add_argument
     add("--ckpt", type=Path, help="checkpoint; by default the newest out/*/ckpt.pt, or else report/halt.pt")
     add("--prompt", help="text to continue, or to show with --map; by default one from the checkpoint")
     add("--max_new_tokens", type=positive_int, help="tokens to generate; by default 500, or one answer for a task")
-    add("--temperature", type=float, default=0.8, help="0 always picks the most likely token")
+    add("--temperature", type=float, default=0.8, help="0 always picks the most likely token (default: 0.8)")
     add("--top_k", type=positive_int, help="sample from the k most likely tokens; by default from all")
-    add("--seed", type=int, default=0, help="random seed")
-    add("--device", help="cpu, cuda, mps ...; by default the best one available")
+    add("--seed", type=int, default=0, help="random seed (default: 0)")
+    add("--device", default="auto", help="cpu, cuda, mps ...; by default the best one available")
     add("--mode", choices=MODES, help="trained: the training gates; executed: the inference-time gates; by default "
                                       "executed, except that the paper's soft gate runs as trained")
     add("--map", action="store_true", help="show the gates of the prompt instead of continuing it")

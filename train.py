@@ -56,17 +56,10 @@ def positive_int(text):
     return int(text)
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the default of a flag unless it is None, which the help text explains."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
 def parse_args(argv):
     parser = argparse.ArgumentParser(
         prog="train.py", usage=argparse.SUPPRESS, allow_abbrev=False, description="Train and evaluate a model.",
-        formatter_class=HelpFormatter)
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--model", choices=MODELS, default="tsa",
         help="dense: the plain transformer; tsa: the paper's model; exit: early exit; halt: our halting model")
@@ -88,12 +81,12 @@ def parse_args(argv):
     add("--learning_rate", type=float, help="peak learning rate; cosine decay to 10%%")
     add("--warmup_iters", type=int, help="steps of linear warm-up")
     add("--seed", type=int, default=0, help="random seed")
-    add("--device", help="cpu, cuda, cuda:1, mps ...; by default the best one available")
-    add("--dtype", choices=("float32", "bfloat16"),
-        help="dtype of the forward pass in training; by default bfloat16 if the hardware supports it")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps ...; auto: the best one available")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+        help="dtype of the forward pass in training; auto: bfloat16 if the hardware supports it")
     add("--compile", action="store_true", help="compile the loss with torch.compile")
     add("--eval_interval", type=positive_int, help="steps between evaluations, each of which saves a checkpoint")
-    add("--out_dir", help="output folder; by default a new one, out/MODEL-GATE")
+    add("--out_dir", help="output folder; without it, a new one below out/")
     add("--resume", metavar="DIR", help="continue the run in DIR with its own flags; only --device may be added")
 
     # The defaults depend on preset, task and model, so parse twice. --help is left to the second pass.
@@ -113,8 +106,9 @@ def parse_args(argv):
 
 
 def pick_device(name):
-    """The named device, by default the best one available; exits if it does not work."""
-    name = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    """The named device, for "auto" the best one available; exits if it does not work."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.ones(1, device=name).item()
     except Exception as error:      # torch raises many kinds of exceptions
@@ -260,7 +254,8 @@ def train(args):
         saved = {"step": 0, "seconds": 0.0, "rows": []}
         corpus = load_data(args)
         args.device = device
-        args.dtype = args.dtype or ("bfloat16" if supports_bfloat16(device) else "float32")
+        if args.dtype == "auto":
+            args.dtype = "bfloat16" if supports_bfloat16(device) else "float32"
         fields = {name: value for name, value in vars(args).items()
                   if name in Config.__dataclass_fields__ and value is not None}
         seed_step(args.seed, 0)

@@ -100,7 +100,7 @@ def clock(plain, model, text, work, B, seconds, device):
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="report.clock", description="Time the plain and the executed model.")
     parser.add_argument("ckpt", type=Path, nargs="?", help="time this model (default: random weights)")
-    parser.add_argument("--device", help="device to use (default: the best one available)")
+    parser.add_argument("--device", default="auto", help="device to use (default: the best one available)")
     parser.add_argument("--seconds", type=float, default=20, help="seconds per work and batch size (default: 20)")
     parser.add_argument("--out", type=Path, help="csv file to which the rows are appended")
     args = parser.parse_args(argv)

@@ -107,7 +107,7 @@ def main(argv=None):
     parser.add_argument("--gate", choices=GATES, help="use another gate design")
     parser.add_argument("--threshold", type=float, nargs="+", help="use other thresholds")
     parser.add_argument("--split", choices=("val", "test"), default="val", help="split to score (default: val)")
-    parser.add_argument("--device", help="device to use (default: the best one available)")
+    parser.add_argument("--device", default="auto", help="device to use (default: the best one available)")
     args = parser.parse_args(argv)
     device = pick_device(args.device)
     model, saved = load_checkpoint(args.ckpt, device)
