@@ -169,7 +169,7 @@ def load(name):
         return copy_or_sort(name)
     if name == "chain":
         return chain()
-    if name == "enwik8":        # raw XML; the loss is per unicode character
+    if name == "enwik8":        # raw XML; the loss is per Unicode character
         with zipfile.ZipFile(fetch(name)) as archive:
             return text_data(archive.read("enwik8").decode("utf-8"), ENWIK8_SPLIT)
     if name == "stdlib":        # its top-level modules, 4.7 million characters in Python 3.11

@@ -106,7 +106,7 @@ def parse_args(argv):
 
 
 def pick_device(name):
-    """The named device, for "auto" the best one available; exits if it does not work."""
+    """The named device, or the best available for "auto"; exits if it does not work."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -196,7 +196,7 @@ SCORES = ("loss {val_loss:.4f} as trained, {val_loss_executed:.4f} as executed, 
 # Training
 
 def seed_step(seed, step):
-    """Seed torch so that batch and dropout of a step depend only on (seed, step). Step 0 is the initialization."""
+    """Seed torch so that a step's batch and dropout depend only on (seed, step). Step 0 is the initialization."""
     torch.manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
 
 

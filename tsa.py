@@ -143,7 +143,7 @@ class Attention(nn.Module):
         k, v = kv.view(B, -1, 2, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)     # (B, nh, S, hs)
         mask = None if at is None else self.causal[at, :k.size(2)].unsqueeze(1)            # (B, 1, n, S)
         dropout_p = self.dropout if self.training else 0.0
-        is_causal = at is None and n > 1        # the newest token alone may attend to everything
+        is_causal = at is None and n > 1        # a single query is the newest token: no mask
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal)
         return self.proj(y.transpose(1, 2).flatten(2))
 
@@ -232,7 +232,7 @@ class Transformer(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
         for embedding in (self.wte, self.wpe):
             nn.init.normal_(embedding.weight, std=0.02)
-        for block in self.blocks:       # 2L updates add up in h, so each starts with 1 / (2L) of the variance
+        for block in self.blocks:       # 2L updates add up in x, so each starts with 1 / (2L) of the variance
             for linear in (block.attn.proj, block.ffn.proj):
                 nn.init.normal_(linear.weight, std=0.02 / (2 * config.n_layer) ** 0.5)
 
@@ -335,7 +335,7 @@ class Halt(Transformer):
 
         HALT_SHARE  * sum over l of survive_l p_l CE_l      predict well at the block where the token halts
       + EVERY_SHARE * mean of CE_l over l > 0               train the blocks that few tokens reach
-      + LAST_SHARE  * CE_{L-1}                              keep tokens from halting at once
+      + LAST_SHARE  * CE_{L-1}                              keep tokens from halting immediately
       - BARRIER     * sum over l of log(p_l (1 - p_l))      keep p from sticking at 0 or 1
       + lam         * mean of survive_l over l > 0          charge for depth (added in train.py)                (5)
 

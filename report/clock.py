@@ -62,7 +62,7 @@ def draw_gates(config, idx, keep):
     """Random switches (L, B, T): block 0 runs for all tokens, the other blocks for a share `keep` of them."""
     gates = torch.rand(config.n_layer, *idx.shape, device=idx.device) < keep
     gates[0] = True
-    if config.model in ("exit", "halt"):        # a stopped token runs no more blocks: keep the count, use the first
+    if config.model in ("exit", "halt"):        # a stopped token stays stopped: move the open gates to the front
         gates[1:] = gates[1:].sort(0, descending=True).values
     return gates
 
@@ -101,7 +101,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="report.clock", description="Time the plain and the executed model.")
     parser.add_argument("ckpt", type=Path, nargs="?", help="time this model (default: random weights)")
     parser.add_argument("--device", default="auto", help="device to use (default: the best one available)")
-    parser.add_argument("--seconds", type=float, default=20, help="seconds per work and batch size (default: 20)")
+    parser.add_argument("--seconds", type=float, default=20, help="seconds per measurement (default: 20)")
     parser.add_argument("--out", type=Path, help="csv file to which the rows are appended")
     args = parser.parse_args(argv)
     device = pick_device(args.device)

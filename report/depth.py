@@ -103,7 +103,7 @@ def score(model, windows, is_chain):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="report.depth", description="Score a trained model.")
-    parser.add_argument("ckpt", type=Path, help="checkpoint of train.py")
+    parser.add_argument("ckpt", type=Path, help="checkpoint from train.py")
     parser.add_argument("--gate", choices=GATES, help="use another gate design")
     parser.add_argument("--threshold", type=float, nargs="+", help="use other thresholds")
     parser.add_argument("--split", choices=("val", "test"), default="val", help="split to score (default: val)")

@@ -1,9 +1,9 @@
 """
 Collect finished runs: python -m report.plot out --csv report/results.csv --svg report/frontier.svg
 
-Reads every result.json below the folders, and the scores.json of report.depth beside it. Name the folders of runs that
-differ only in their seed NAME-s0, NAME-s1, ...; their means and standard deviations are printed on one line. All rows
-go to a csv file; the plot shows the loss against the multiply-adds saved, both as executed.
+Reads every result.json below the folders, and the scores.json of report.depth beside it. If runs differ only
+in their seed, name their folders NAME-s0, NAME-s1, ...; their means and standard deviations are printed on one line.
+All rows go to a csv file; the plot shows the loss against the multiply-adds saved, both as executed.
 """
 import argparse
 import csv
@@ -28,7 +28,7 @@ def read_rows(folders, commit):
         name = Path(result["data"]).name
         result["setting"] = name if name in ("chain", "copy", "sort") else f"{result['preset']} {name}"
         result |= {"run": path.parent.name, "split": "val", "commit": commit}
-        if result["model"] == "dense":      # what fewer layers save beside the preset's 6
+        if result["model"] == "dense":      # what fewer layers save against the preset's 6
             config = Config(**{key: result[key] for key in ("model", "vocab_size", "block_size", "n_embd", "n_head")})
             result["tlops_saved"] = 1 - result["n_layer"] / 6
             result["macs_saved"] = 1 - multiply_adds(config, result["ran"]) / multiply_adds(config, [1] * 6)
@@ -87,7 +87,7 @@ def main(argv=None):
     parser.add_argument("folders", nargs="+", help="folders of runs, searched recursively")
     parser.add_argument("--commit", default="", help="the commit that the runs were made with, for the csv file")
     parser.add_argument("--csv", type=Path, help="write all rows to this file")
-    parser.add_argument("--svg", type=Path, help="plot the loss against the multiply-adds saved to this file")
+    parser.add_argument("--svg", type=Path, help="write the plot to this file")
     args = parser.parse_args(argv)
     rows = read_rows(args.folders, args.commit)
     if not rows:
