@@ -64,17 +64,18 @@ def draw(summary, path):
     except ImportError:
         sys.exit("this figure needs matplotlib: pip install matplotlib")
     settings = sorted({line["setting"] for line in summary})
+    colors = {"dense": "C0", "halt": "C1", "exit": "C2", "tsa soft": "C3", "tsa skip": "C4", "tsa straight": "C5"}
     figure = Figure(figsize=(5 * len(settings), 4), layout="constrained")
     for axes, setting in zip(figure.subplots(1, len(settings), squeeze=False)[0], settings):
         curves = {}
         for line in summary:
             if line["setting"] == setting:
-                name = line["model"] if line["gate"] is None else f"{line['model']} {line['gate']}"
+                name = f"{line['model']} {line['gate'] or ''}".strip()
                 curves.setdefault(name, []).append((100 * line["macs_saved"][0], *line["val_loss_executed"]))
         best = min(loss for points in curves.values() for _, loss, _ in points)
         for name, points in curves.items():
             saved, loss, spread = zip(*points)
-            axes.errorbar(saved, loss, spread, fmt="o-", capsize=3, label=name)
+            axes.errorbar(saved, loss, spread, fmt="o-", capsize=3, label=name, color=colors.get(name, "black"))
         axes.set(title=setting, xlabel="multiply-adds saved (%)", ylabel="validation loss, as executed")
         axes.set_ylim(0.99 * best, 1.06 * best)     # crops out models whose loss explodes when executed
         axes.spines[["top", "right"]].set_visible(False)
