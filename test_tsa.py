@@ -625,6 +625,7 @@ def test_result_is_the_score_of_the_checkpoint(finished, text_file):
         for key, value in expected.items():
             assert scores[key] == pytest.approx(value, abs=1e-5), key
     assert abs(trained[0] - executed[0]) > 1e-4 and 0 < result["tlops_saved"] < 2 / 3
+    assert {path.name for path in finished.iterdir()} == {"ckpt.pt", "log.json", "result.json"}     # renamed, not copied
     assert saved["flags"].items() < result.items() and {"n_params", "vocab_size", "torch", "seconds"} < result.keys()
 
 
@@ -737,8 +738,8 @@ def test_task_trains_on_its_own_sequences_in_bfloat16(run_train, monkeypatch, mo
         return loss(self, idx, targets)
 
     monkeypatch.setattr(MODELS[model], "loss", watched)
-    assert run_train("--model", model, "--data", "copy", "--block_size", 64, "--max_iters", 2, "--dtype",
-                     "bfloat16") == 0
+    assert run_train("--model", model, "--data", "copy", "--block_size", 64, "--max_iters", 2, "--eval_interval", 1,
+                     "--dtype", "bfloat16") == 0
     assert torch.backends.cuda.flash_sdp_enabled()
     known = {(tuple(idx), tuple(targets)) for idx, targets in data.load("copy").splits["train"].tolist()}
     for idx, targets in seen:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Every run behind README.md and report/README.md, from the repository's root; the tables say which seeds have been run. With OMP_NUM_THREADS=1 a run of the laptop
-# preset takes about 6 minutes on one core, a chain 2 minutes, the paper preset 3 hours. Finished runs are not repeated.
+# Every run behind README.md and report/README.md, from the repository's root; the tables say which seeds have been run.
+# With OMP_NUM_THREADS=1, a run of the laptop preset takes about 6 minutes on one core, a chain 2 minutes, the paper preset
+# 3 hours. Finished runs are not repeated.
 set -eu
 run() {     # run NAME FLAGS...: one seed, into out/NAME-sSEED
     local folder=out/$1-s$seed
