@@ -67,8 +67,7 @@ def parse_args(argv):
     add("--data", default="shakespeare", help="shakespeare, enwik8, stdlib, copy, sort, chain, or a UTF-8 text file")
     add("--gate", choices=GATES, help="gate design of tsa")
     add("--gate_bias", type=float, help="initial bias of the routers of tsa and halt")
-    add("--threshold", type=float, help="tsa skips and halt halts above this probability; exit exits above this "
-                                         "confidence")
+    add("--threshold", type=float, help="tsa, halt: skip or halt above this p; exit: exit above this confidence")
     add("--lam", type=float, help="tsa, halt: price of depth, the weight of the mean gate in the loss")
     add("--lam_ramp", type=float, help="tsa, halt: share of training over which the price of depth rises to lam")
     add("--n_layer", type=positive_int, help="number of blocks")

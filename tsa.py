@@ -39,7 +39,7 @@ class Config:
     model: str = "tsa"          # dense, tsa, exit or halt
     gate: str = "soft"          # tsa: a name in GATES
     gate_bias: float = -1.0     # tsa, halt: initial b2 of equation (3); at -1 the gates start near 0.73
-    threshold: float = 0.5      # tsa skips and halt halts if p exceeds it; exit exits if the confidence does
+    threshold: float = 0.5      # tsa, halt: skip or halt above this p; exit: exit above this confidence
     vocab_size: int = 65
     block_size: int = 128       # the longest sequence that the model accepts
     n_layer: int = 6
@@ -195,8 +195,8 @@ class Block(nn.Module):
         kv = self.attn.keys_values(h, cache)        # for all tokens, because open ones attend to closed ones too
         if n_open == 0:
             return x
-        # Gather n tokens from each sequence, where n is the largest number of open gates in any one of them: first the
-        # open tokens, in order, then closed ones as padding. Padding has gate 0, so it comes back unchanged.
+        # Gather n tokens from each sequence, where n is the largest number of open gates in any sequence. Each row of
+        # `at` lists the open tokens in order, then closed ones as padding, which have gate 0 and come back unchanged.
         #
         #     gate  0 1 1 0    at  1 2    gate.gather(1, at)  1 1
         #           1 0 0 0        0 1                        1 0    <- position 1 is padding
@@ -311,8 +311,8 @@ class Exit(Transformer):
 
     def predict(self, x, gates):
         h = self.ln_f(x)
-        # If a token exited after block e, its gates e + 1 and higher are closed. So every l >= e replaces its h, and
-        # l = e comes last.
+        # If a token exited after block e, its gates e + 1 and higher are closed. The loop runs downward, so the norms
+        # L - 2 ... e each overwrite this token's h, and the norm of e wins.
         for l in reversed(range(1, self.config.n_layer - 1)):
             h = torch.where(gates[l + 1].bool().unsqueeze(-1), h, self.exit_norms[l](x))
         return self.head(h)
