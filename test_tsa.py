@@ -5,6 +5,7 @@ sample.py, report/ and README.md.
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -1004,14 +1005,17 @@ def test_chains_are_scored_by_hops():
 def test_clock_times_each_way_to_run(finished, monkeypatch):
     """The plain model is the baseline for all others; the model's own gates are timed as well as random ones."""
     monkeypatch.setattr(clock, "BATCHES", {"prefill": (3,), "decode": (2,)})
+    seconds, timed = itertools.cycle([2, 1, 1, 1, 1]), []       # the plain model, then the four others
+    monkeypatch.setattr(clock, "timed", lambda call, device: timed.append(call()) or next(seconds))
     assert run(clock, finished / "ckpt.pt", "--device", "cpu", "--seconds", 0, "--out", finished / "c.csv") == 0
     lines = [line.split(",") for line in (finished / "c.csv").read_text().splitlines()]
     assert [line[3] for line in lines[1:6]] == ["plain", "own", "random 0.726", "random 0.5", "random 0.3"]
     assert len(lines) == 11 and all(float(line[8]) == 1 == float(line[9]) for line in lines[1::5])
+    assert all(float(line[8]) == 2 for line in (*lines[2:6], *lines[7:11])) and len(timed) == 2 * 4 * 5
     assert all(0 < float(line[4]) < 1 for line in (*lines[2:6], *lines[7:11]))
 
 
-def test_mean_and_spread_are_over_the_seeds_of_a_name():
+def test_mean_and_spread_are_over_the_seeds_of_a_name(tmp_path):
     """A mean over different models, or over scores with another threshold, would be meaningless."""
     runs = (("halt-s0", .5, 1.0), ("halt-s1", .5, 2.0), ("halt-s1", .9, 5.0), ("other-s0", .5, 9.0))
     rows = [dict(setting="a", run=name, split="val", gate=None, threshold=threshold, model="halt",
@@ -1020,6 +1024,12 @@ def test_mean_and_spread_are_over_the_seeds_of_a_name():
     assert [(line["name"], line["n"], line["val_loss"][0]) for line in summary] == [
         ("halt", 2, 1.5), ("halt", 1, 5.0), ("other", 1, 9.0)]
     assert summary[0]["macs_saved"][1] == pytest.approx(0.5 ** 0.5)
+    (tmp_path / "dense3-s0").mkdir()        # a plain model saves what its missing layers of 6 would have cost
+    flags = dict(model="dense", data="t.txt", preset="laptop", vocab_size=65, block_size=64, n_embd=128, n_head=4,
+                 n_layer=3)
+    (tmp_path / "dense3-s0" / "result.json").write_text(json.dumps(flags | {"ran": [1, 1, 1]}))
+    row = plot.read_rows([tmp_path], "")[0]
+    assert row["tlops_saved"] == 0.5 and 0.49 < row["macs_saved"] < 0.5
 
 
 # ----------------------------------------------------------------------------------------------------------------
