@@ -626,7 +626,7 @@ def test_result_is_the_score_of_the_checkpoint(finished, text_file):
         for key, value in expected.items():
             assert scores[key] == pytest.approx(value, abs=1e-5), key
     assert abs(trained[0] - executed[0]) > 1e-4 and 0 < result["tlops_saved"] < 2 / 3
-    assert {path.name for path in finished.iterdir()} == {"ckpt.pt", "log.json", "result.json"}     # renamed, not copied
+    assert {path.name for path in finished.iterdir()} == {"ckpt.pt", "log.json", "result.json"}    # no .tmp
     assert saved["flags"].items() < result.items() and {"n_params", "vocab_size", "torch", "seconds"} < result.keys()
 
 
