@@ -84,10 +84,9 @@ def write_text(model, saved, idx, args, mode):
 @torch.inference_mode()
 def write_map(model, saved, idx, mode):
     """Print the gates of idx (1, T): a row per block, the last block on top, and a column per token."""
-    logits, gates = model(idx, mode)
-    gates, T = gates[:, 0], idx.size(1)                                                    # (L, T)
+    gates, T = model(idx, mode)[1][:, 0], idx.size(1)                                      # (L, T)
     chars = "".join(saved["vocab"][i] for i in idx[0].tolist()).replace("\n", "⏎")
-    width = shutil.get_terminal_size().columns - len("block 0  ")
+    width = max(shutil.get_terminal_size().columns - len("block 0  "), 1)
     for start in range(0, T, width):
         for l in reversed(range(len(gates))):
             row = gates[l, start:start + width].tolist()

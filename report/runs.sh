@@ -51,7 +51,9 @@ for folder in out/{shakespeare,stdlib}-exit-s?; do
     python -m report.depth $folder/ckpt.pt --threshold .99 .95 .9 .85 .8 .75 .7 .65 .6 .55 .5 .4 .3
 done
 for folder in out/chain-*; do python -m report.depth $folder/ckpt.pt; done
-python -m report.depth out/chain-tsa-s0/ckpt.pt --gate skip --threshold 0.8 0.9 0.95
+for folder in out/chain-tsa-s?; do
+    python -m report.depth $folder/ckpt.pt --gate skip --threshold 0.8 0.9 0.95
+done
 python -m report.plot out --csv report/results.csv
 python -m report.plot out/{shakespeare,stdlib}-{dense4,dense6,tsa,exit,halt-lam0.03}-s? --svg report/frontier.svg
 python -m report.figure chain out/chain-halt-lam0.03-s0/ckpt.pt out/chain-tsa-s0/ckpt.pt report/chain.svg
