@@ -25,12 +25,12 @@ DOWNLOADS = {       # file in FOLDER, URL, sha256
                "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"),
 }
 TIMEOUT = 10        # seconds to wait for the server to send data
-ENWIK8_SPLIT = 90_000_000, 95_000_000           # where validation and test begin in the paper, in characters
+ENWIK8_SPLIT = 90_000_000, 95_000_000           # the paper's start of validation and test, in characters
 
 PAD, BOS, SEP, EOS = ".^|$"                     # the 4 special symbols in the paper's vocabulary of 32
 SYMBOLS = "abcdefghijklmnopqrstuvwxyzAB"        # the other 28; "sort" sorts in this order
 SOURCE_LENGTH = 20                              # as in the paper's code (the paper itself says 10)
-TRAIN_SEQUENCES, CHAIN_TRAIN_SEQUENCES, VAL_SEQUENCES = 10_000, 100_000, 1_000      # first and last: the paper's
+TRAIN_SEQUENCES, CHAIN_TRAIN_SEQUENCES, VAL_SEQUENCES = 10_000, 100_000, 1_000      # the first and last are the paper's
 DIGITS = "0123456789"
 ROUNDS, PLACES, DIGIT_SHARE = 5, 6, 0.2         # chain: rounds, places per round, probability of a digit in a place
 LETTERS = string.ascii_letters[:(ROUNDS - 1) * PLACES]      # one letter per place, except in the last round
@@ -80,7 +80,7 @@ class Data:
 
 
 def encode(text, vocab):
-    """A text -> the list of its tokens; raises a ValueError that names the characters not in the vocabulary."""
+    """Return the list of a text's tokens; raise a ValueError that names the characters not in the vocabulary."""
     unknown = sorted(set(text) - set(vocab))
     if unknown:
         raise ValueError(f"the model does not know the characters {ascii(''.join(unknown))}")
@@ -88,7 +88,7 @@ def encode(text, vocab):
 
 
 def fetch(name):
-    """Download a file if needed and return its path; OSError if that fails, ValueError if the file is wrong."""
+    """Download a file if needed; return its path. Raise OSError if that fails, ValueError if the file is wrong."""
     file_name, url, sha256 = DOWNLOADS[name]
     path = FOLDER / file_name
     if not path.exists():
@@ -120,7 +120,7 @@ def text_data(text, split=None):
 
 
 def task_data(vocab, idx, targets, prompt_length, new_tokens):
-    """Sequences idx and targets (n, T), of which the last VAL_SEQUENCES are for validation."""
+    """idx and targets (n, T) -> Data, with the last VAL_SEQUENCES sequences for validation."""
     pairs = torch.from_numpy(np.stack([idx, targets], axis=1).astype(np.int32))
     splits = {"train": pairs[:-VAL_SEQUENCES], "val": pairs[-VAL_SEQUENCES:]}
     example = "".join(vocab[i] for i in idx[-1])
@@ -136,7 +136,7 @@ def copy_or_sort(name):
     bos, sep, eos = (np.full((n, 1), vocab.index(c)) for c in (BOS, SEP, EOS))
     rows = np.concatenate([bos, source, sep, target, eos], axis=1)
     targets = rows[:, 1:].copy()
-    targets[:, :SOURCE_LENGTH + 1] = -1     # only what follows SEP can be predicted
+    targets[:, :SOURCE_LENGTH + 1] = -1     # only what follows SEP is scored: the source is random
     return task_data(vocab, rows[:, :-1], targets, SOURCE_LENGTH + 2, SOURCE_LENGTH + 1)
 
 
@@ -144,8 +144,8 @@ def chain():
     """
     A task that needs depth: 5 rounds of 6 places. In round 0 every place holds a digit, later a digit or a letter that
     names a place in the previous round. The target at each place is the digit at the end of its chain of letters, so
-    each hop depends on the one before. No digit or letter occurs twice within a round, so a model that cannot follow
-    the chains must guess.
+    each hop (following one letter) depends on the one before. No digit or letter occurs twice within a round, so
+    chains never merge.
     """
     rng = np.random.default_rng(0)
     n = CHAIN_TRAIN_SEQUENCES + VAL_SEQUENCES

@@ -1,7 +1,7 @@
 """
 Inspect a trained model.
 
-    python sample.py            generate text; the color of a character is the depth at which it was predicted
+    python sample.py            generate text; the color of a character shows the depth at which it was predicted
     python sample.py --map      show which token ran which block
 
 Only the checkpoint is needed: it holds the configuration, the vocabulary, the weights and an example text.
@@ -21,7 +21,7 @@ from tsa import MODES, default_mode, generate, macs_saved, tlops_saved
 
 BUNDLED = Path(__file__).resolve().parent / "report" / "halt.pt"
 COLORS = (153, 159, 157, 229, 223, 217)     # terminal backgrounds, from blue (shallow, closed) to red (deep, open)
-SHADES = " .:-=+*#%@"                       # used without colors: one shade per tenth of the gate
+SHADES = " .:-=+*#%@"                       # used without colors: one shade per 0.1 of gate
 
 
 def parse_args(argv):
@@ -35,8 +35,8 @@ def parse_args(argv):
     add("--top_k", type=positive_int, help="sample from the k most likely tokens; by default from all")
     add("--seed", type=int, default=0, help="random seed (default: 0)")
     add("--device", default="auto", help="cpu, cuda, mps ...; by default the best one available")
-    add("--mode", choices=MODES, help="trained: the training gates; executed: the inference-time gates; by default "
-                                      "executed, except that the paper's soft gate runs as trained")
+    add("--mode", choices=MODES, help="trained: the training gates; executed: the inference gates; by default "
+                                      "executed, except that the paper's soft gate is applied as trained")
     add("--map", action="store_true", help="show the gates of the prompt instead of continuing it")
     return parser.parse_args(argv)
 
@@ -51,7 +51,7 @@ def is_colored():
 
 
 def paint(text, share):
-    """Black text on a background from blue (share 0) to red (share 1); it is readable on all of them."""
+    """Black text, readable on every background, from blue (share 0) to red (share 1)."""
     level = round(share * (len(COLORS) - 1))
     return f"\033[30;48;5;{COLORS[min(max(level, 0), len(COLORS) - 1)]}m{text}\033[0m"
 
@@ -66,7 +66,7 @@ def write_text(model, saved, idx, args, mode):
     ran, depth_sum, began = torch.zeros(L), 0, time.perf_counter()
     torch.manual_seed(args.seed)
     for idx_next, gates in generate(model, idx, n, args.temperature, args.top_k, mode):
-        c, depth = vocab[idx_next.item()], gates.sum().item()      # blocks run, or the sum of the gates as trained
+        c, depth = vocab[idx_next.item()], gates.sum().item()      # switches: blocks run; scales: their sum
         ran += (gates[:, 0] != 0).cpu()
         depth_sum += depth
         digits += str(min(round(depth), 9))
@@ -112,7 +112,7 @@ def main(argv=None):
         sys.exit(f"sample.py: --prompt: {error}")
     print(f"{path}: {model.config.model} model, step {saved['step']}, gates as {mode}", file=sys.stderr)
     if args.mode is None and mode == "trained":
-        print("The paper's soft gates run as trained, so nothing is skipped; --mode executed thresholds them.",
+        print("The paper's soft gates are applied as trained, so nothing is skipped; --mode executed thresholds them.",
               file=sys.stderr)
     if shows_map:
         write_map(model, saved, idx[:, :model.config.block_size], mode)

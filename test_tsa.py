@@ -1,5 +1,5 @@
 """
-Run with `python -m pytest -q`; needs neither a network nor a GPU. The order is that of tsa.py, data.py, train.py,
+Run with `python -m pytest -q`; no network or GPU is needed. The tests follow the order of tsa.py, data.py, train.py,
 sample.py, report/ and README.md.
 """
 import functools
@@ -53,7 +53,7 @@ def tokens(B=3, T=16, vocab_size=11, seed=1):
 
 
 def masked(model, idx):
-    """The reference for "executed": the inference-time gates, applied by multiplication."""
+    """The reference for "executed": the inference gates, applied by multiplication."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Block, "gathered", Block.forward)
         return model(idx, "executed")
@@ -66,7 +66,7 @@ def text_file(tmp_path):
     return path
 
 
-WILD = ["--warmup_iters", 0, "--learning_rate", 0.1, "--gate_bias", 0]      # soon opens some gates and closes some
+WILD = ["--warmup_iters", 0, "--learning_rate", 0.1, "--gate_bias", 0]      # soon open some gates and close others
 
 
 def run(program, *flags):
@@ -80,7 +80,7 @@ def run(program, *flags):
 
 @pytest.fixture
 def run_train(text_file, tmp_path):
-    """A function that runs a small train.py on that text, into the folder `run`; later flags override earlier ones."""
+    """A function that runs train.py with a small model on text_file, into the folder `run`; later flags win."""
     small = ["--device", "cpu", "--dtype", "float32", "--n_layer", 3, "--n_embd", 16, "--n_head", 2, "--block_size", 16,
              "--batch_size", 4, "--data", text_file, "--out_dir", tmp_path / "run"]
     return lambda *flags: run(train, *small, *flags)
@@ -124,12 +124,12 @@ def refused(capsys, end, *words):
     (dict(model="dense", **SYNTHETIC), 1_199_104), (dict(model="tsa", **SYNTHETIC), 1_219_909),
 ])
 def test_parameter_counts_are_the_papers(settings, expected):
-    """A missing bias or an untied head would be a different architecture from the one whose results we check."""
+    """A missing bias or an untied head would make this a different architecture from the one whose results we check."""
     assert sum(p.numel() for p in build(Config(**settings)).parameters()) == expected
 
 
 def test_weights_start_as_in_the_paper():
-    """A residual stream that starts out larger is a different experiment."""
+    """A residual stream that starts out larger would be a different experiment."""
     torch.manual_seed(0)
     model = build(Config())
     for block in model.blocks:
@@ -172,7 +172,7 @@ def test_attention_by_hand():
 
 
 def test_dropout_sits_at_the_papers_four_places(monkeypatch):
-    """On the embeddings, the attention weights, after GELU and after the feed-forward output; never in evaluation."""
+    """On the embeddings and attention weights, after GELU and after the feed-forward output; never in evaluation."""
     places, attention = [], F.scaled_dot_product_attention
     monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: places.append((*x.shape, self.p, self.training)) or x)
 
@@ -190,7 +190,7 @@ def test_dropout_sits_at_the_papers_four_places(monkeypatch):
 
 
 def test_router_keeps_p_below_1_in_bfloat16():
-    """The paper's width; and the sigmoid in float32, because in bfloat16 1 - p would round to 0, a closed gate."""
+    """The width is the paper's. The sigmoid runs in float32: in bfloat16, 1 - p would round to 0, a closed gate."""
     assert [Router(Config(n_embd=n, n_head=1)).fc.out_features for n in (256, 128, 32)] == [64, 32, 16]
     with torch.autocast("cpu", torch.bfloat16):
         p = Router(Config(gate_bias=6.0))(torch.randn(1, 64, 256))
@@ -200,7 +200,7 @@ def test_router_keeps_p_below_1_in_bfloat16():
 @pytest.mark.parametrize("gate, expected", [("soft", ([.9, .5, .25, .1], [True, True, True, False])),
                                             ("skip", ([.9, .5, .25, .1], [.9, .5, .25, .0]))])
 def test_gate_designs_follow_their_definitions(gate, expected):
-    """The training gate and the inference gate make a design; a token with p equal to the threshold still runs."""
+    """The training gate and the inference gate make up a design; a token with p equal to the threshold still runs."""
     p = torch.tensor([.1, .5, .75, .9])
     for make_gate, values in zip(GATES[gate], expected):
         torch.testing.assert_close(make_gate(p, 0.75), torch.tensor(values))    # dtypes as well: a scale or a switch
@@ -210,7 +210,7 @@ def test_gate_designs_follow_their_definitions(gate, expected):
 # tsa.py: the four models
 
 def assert_same_with_gradients(model, ours, by_hand):
-    """A detach too many or too few shows in a gradient and nowhere else."""
+    """One detach too many or too few shows in a gradient and nowhere else."""
     torch.testing.assert_close(ours, by_hand)
     parameters = list(model.parameters())
     for a, b in zip(*(torch.autograd.grad(total, parameters) for total in (ours, by_hand))):
@@ -218,7 +218,7 @@ def assert_same_with_gradients(model, ours, by_hand):
 
 
 def test_papers_model_by_hand():
-    """Equations (1) to (4), the loss over scored tokens, and the mean gate, which is the price of depth."""
+    """Equations (1) to (4), the loss over scored tokens, and the mean gate, which lam multiplies."""
     model, idx, targets = tiny(), tokens(), tokens(seed=2)
     targets[:, :10] = -1        # not scored
     x, gates = model.wte(idx) + model.wpe(torch.arange(16)), [torch.ones(3, 16)]
@@ -253,7 +253,7 @@ def test_exit_trains_on_the_mean_of_all_exits():
 
 
 def test_exited_token_stops():
-    """The paper's code freezes only its logits. Here its h is frozen, and others attend to keys computed from it."""
+    """The paper's code freezes only an exited token's logits. Here its x is frozen, and others attend to it."""
     model, idx = tiny("exit", n_layer=5, threshold=0.4), tokens()
     logits, gates = masked(model, idx)
     x, running = model.wte(idx) + model.wpe(torch.arange(16)), torch.ones(3, 16, dtype=torch.bool)
@@ -263,18 +263,18 @@ def test_exited_token_stops():
         x = torch.where(running[..., None], block(x), x)
         prediction = norm(x) @ model.wte.weight.T
         leaves = running & (prediction.softmax(-1).amax(-1) > 0.4) if 0 < l < 4 else running & (l == 4)
-        assert l == 0 or 0 < leaves.sum() < 48, l      # some leave after each block
+        assert l == 0 or 0 < leaves.sum() < 48, l      # some exit after each block but the first
         expected[leaves] = prediction[leaves]
         running = running & ~leaves
     torch.testing.assert_close(logits, expected)
 
 
 def test_halting_loss_and_its_gradient_by_hand(monkeypatch):
-    """Equation (5); and the state in which a token halts in training is the one at inference."""
+    """Equation (5) holds, and a token halts in the same state in training as at inference."""
     for name, value in (("HALT_SHARE", 0.5), ("EVERY_SHARE", 0.2), ("LAST_SHARE", 0.3), ("BARRIER", 0.01)):
         monkeypatch.setattr(Halt, name, value)
     model, idx, targets = tiny("halt", seed=6, threshold=0.3), tokens(), tokens(seed=2)
-    targets[0, :8] = -1         # not scored, as in the tasks; their depth has its price all the same
+    targets[0, :8] = -1         # not scored, as in the tasks, but their depth still counts
     x = frozen = model.wte(idx) + model.wpe(torch.arange(16))
     survive, running, expected, depth = torch.ones(3, 16), torch.ones(3, 16, dtype=torch.bool), 0, 0
     for l, block in enumerate(model.blocks):
@@ -318,7 +318,7 @@ def test_step_never_waits_for_a_gpu(model):
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# tsa.py: gathered, cached, generated, counted
+# tsa.py: gathered block, cache, generation, counts
 
 KEEP = {
     "ragged": torch.tensor([[1, 0, 1, 1, 0, 0, 1, 1], [0, 0, 0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0, 0, 0]]),
@@ -370,7 +370,7 @@ def test_executed_model_equals_masked_model(settings):
 
 @pytest.mark.parametrize("settings", HARD)
 def test_cached_text_is_that_of_a_slow_loop(settings):
-    """Character for character, past the end of the context, for one sequence or two that skip different tokens."""
+    """Also past the end of the context, and for one sequence, or two whose tokens skip different blocks."""
     model = tiny(**settings).double()
     for B, mode, temperature, top_k in [(2, "trained", 1.0, None), (2, "executed", 0.5, None), (1, "executed", 1.5, 3)]:
         torch.manual_seed(3)
@@ -429,7 +429,7 @@ def test_counted_multiply_adds_are_what_ran(settings, decode, monkeypatch):
             gates = model(idx, "executed")[1]
     ran = (gates != 0).double().mean((1, 2)).tolist()
     assert settings["model"] == "dense" or sum(ran) < 4
-    # While decoding, token t attends to t + 1 keys, where the formula has the average over a full window, T / 2.
+    # While decoding, token t attends to t + 1 keys, while the formula uses the average over a full window, T / 2.
     products = sum(ran) * 16 * 16 if decode else 2 * 16 * sum(attended) / 16
     # Fused attention is left out: some versions of PyTorch count it, as if it were not causal, and some do not.
     products += sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op)) / 2 / 16
@@ -456,7 +456,7 @@ def test_text_survives_encoding(tmp_path):
 
 @pytest.mark.parametrize("task", ["copy", "sort"])
 def test_the_papers_tasks_are_what_they_say(task):
-    """`^source|target$`, and only target and end are scored; no validation sequence occurs in training."""
+    """The format is `^source|target$`; only target and EOS are scored. No validation sequence occurs in training."""
     corpus = data.load(task)
     idx, targets = corpus.windows("val", 64)
     text = "".join(corpus.vocab[i] for i in idx[0])
@@ -490,7 +490,7 @@ def test_target_of_a_chain_is_the_digit_that_the_letters_lead_to():
 
 @pytest.fixture
 def offer(tmp_path, monkeypatch):
-    """offer(body, sha256): a server on loopback offers `body` as Tiny-Shakespeare -> the path that it will get"""
+    """offer(body, sha256): serve `body` from loopback as Tiny-Shakespeare; return the path it will be saved to"""
     handler = functools.partial(SimpleHTTPRequestHandler, directory=tmp_path)
     server = HTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
@@ -541,7 +541,7 @@ def test_bad_download_leaves_nothing_and_training_falls_back(offer, tmp_path, mo
 
 
 def test_enwik8_is_unpacked_and_split_by_characters(tmp_path, monkeypatch):
-    """A zip of unicode text, split at characters, not bytes."""
+    """A zip of Unicode text, split at characters, not bytes."""
     text, path = "<page>naïve 漢字 🙂</page>\n" * 50, tmp_path / "enwik8.zip"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("enwik8", text)
@@ -573,7 +573,7 @@ def slow_score(model, text, vocab, mode, unscored=0):
 
 
 def test_result_is_the_score_of_the_checkpoint(finished, text_file):
-    """result.json is what the tables are made of: validation split, both modes, both savings, beside the flags."""
+    """The tables are built from result.json: validation split, both modes, both savings, and the flags."""
     result, log = (json.loads((finished / name).read_text()) for name in ("result.json", "log.json"))
     model, saved = train.load_checkpoint(finished / "ckpt.pt")
     text, vocab = text_file.read_text(), saved["vocab"]
@@ -644,7 +644,7 @@ def test_defaults_are_those_of_preset_task_and_model():
 
 
 def test_interrupted_run_resumes_to_the_bit(run_train, tmp_path, monkeypatch):
-    """After Ctrl-C, even while a checkpoint is written, --resume gives the weights and log of an undisturbed run."""
+    """After Ctrl-C, even while a checkpoint is being saved, --resume gives the results of an undisturbed run."""
     flags, write = ["--max_iters", 50, "--eval_interval", 20, "--dropout", 0.1], torch.save
     assert run_train(*flags, "--out_dir", tmp_path / "whole") == 0
 
@@ -677,7 +677,7 @@ def test_price_of_depth_rises_over_its_share_of_training(run_train, tmp_path, fl
 
 @pytest.mark.parametrize("model", ["tsa", "halt"])
 def test_task_trains_on_its_own_sequences_in_bfloat16(run_train, monkeypatch, model):
-    """Whole sequences of the training split, with dropout on, blocks in bfloat16 and logits in float32."""
+    """Whole sequences of the training split, in training mode, with blocks in bfloat16 and logits in float32."""
     seen, loss = [], MODELS[model].loss
 
     def watched(self, idx, targets):
@@ -696,7 +696,7 @@ def test_task_trains_on_its_own_sequences_in_bfloat16(run_train, monkeypatch, mo
 
 @pytest.mark.parametrize("spoil", [
     lambda loss, weight: loss * math.inf,
-    lambda loss, weight: loss + (0 * weight).sum().sqrt()])     # infinite slope at 0: a finite loss, nan as gradient
+    lambda loss, weight: loss + (0 * weight).sum().sqrt()])     # infinite slope at 0: a finite loss, a nan gradient
 def test_infinite_loss_or_gradient_stops_the_run_and_keeps_the_checkpoint(run_train, tmp_path, monkeypatch, spoil):
     """A diverged run must not overwrite the weights that were still good."""
     original, calls = MODELS["tsa"].loss, []
@@ -749,7 +749,7 @@ def test_bad_flags_are_one_line(run_train, capsys, flags, words):
 
 def test_new_run_gets_a_new_folder_and_overwrites_nothing(finished, run_train, tmp_path, text_file, capsys,
                                                           monkeypatch):
-    """Neither a second `python train.py` nor a change of the text may destroy the weights of the first run."""
+    """Neither a second `python train.py` nor a change to the text may destroy the weights of the first run."""
     before = (finished / "ckpt.pt").read_bytes()
     refused(capsys, run_train("--max_iters", 1), "--resume", str(finished))
     text_file.write_text(text_file.read_text().upper())
@@ -792,7 +792,7 @@ def test_bad_prompt_is_one_line(finished, capsys, prompt, word):
 
 
 def test_depth_shows_as_color_or_digit(finished, run_sample, monkeypatch):
-    """In a terminal each character has the color of its depth; in a pipe, or with NO_COLOR, a digit is below."""
+    """In a terminal each character has the color of its depth; in a pipe, or with NO_COLOR, a digit is below it."""
     flags = ["--prompt", "The", "--max_new_tokens", 30, "--mode", "executed"]
     model, saved = train.load_checkpoint(finished / "ckpt.pt")
     torch.manual_seed(0)
@@ -834,7 +834,7 @@ def test_sampling_skips_unless_the_gates_are_soft(run_sample):
 
 @pytest.mark.parametrize("mode", tsa.MODES)
 def test_map_shows_each_gate(finished, run_sample, monkeypatch, mode):
-    """A row per block, the last on top, a column per token; wrapped to the terminal's width, in color only there."""
+    """A row per block, the last on top, a column per token; wrapped to the width; in color only in a terminal."""
     model, saved = train.load_checkpoint(finished / "ckpt.pt")
     prompt = "lazy dog.\nThe q"
     gates = model(torch.tensor([data.encode(prompt, saved["vocab"])]), mode)[1][:, 0]
@@ -889,7 +889,7 @@ def test_scores_of_report_are_those_of_training(finished, text_file):
 
 @pytest.mark.parametrize("settings", HARD[1:])
 def test_replayed_gates_are_the_ones_that_run(settings):
-    """Permuted gates and the clock rely on this: replaying a model's own gates changes nothing."""
+    """Permuted gates and clock.py rely on this: replaying a model's own gates changes nothing."""
     model, idx = tiny(**settings).double(), tokens()
     logits, gates = model(idx, "executed")
     gates = gates if settings.get("gate") == "skip" else gates != 0
@@ -949,7 +949,7 @@ def test_mean_and_spread_are_over_the_seeds_of_a_name(tmp_path):
 
 
 def test_plain_model_saves_what_its_missing_layers_would_cost(tmp_path):
-    """All savings of the tables are compared with 6 layers."""
+    """All savings in the tables are relative to 6 layers."""
     result = dict(model="dense", data="t.txt", preset="laptop", vocab_size=65, block_size=64, n_embd=128, n_head=4,
                   n_layer=3, ran=[1, 1, 1])
     (tmp_path / "dense3-s0").mkdir()

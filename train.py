@@ -1,9 +1,9 @@
 """
 Train and evaluate a model: python train.py
 
-Read this file from top to bottom: defaults and flags, device, checkpoints, evaluation, and `train`, the whole run in
-one function. All random numbers of a step are seeded with (seed, step), so a resumed run is bit-identical to one that
-was never interrupted, and evaluation does not affect training.
+In order: defaults and flags, device, checkpoints, evaluation, and `train`, the whole run in one function. Each step's
+random numbers depend only on (seed, step), so a resumed run is bit-identical to one that was never interrupted, and
+evaluation does not affect training.
 """
 import argparse
 import contextlib
@@ -63,10 +63,10 @@ def parse_args(argv):
     add = parser.add_argument
     add("--model", choices=MODELS, default="tsa",
         help="dense: the plain transformer; tsa: the paper's model; exit: early exit; halt: our halting model")
-    add("--preset", choices=PRESETS, default="laptop", help="model size and training settings")
+    add("--preset", choices=PRESETS, default="laptop", help="model size and training hyperparameters")
     add("--data", default="shakespeare", help="shakespeare, enwik8, stdlib, copy, sort, chain, or a UTF-8 text file")
     add("--gate", choices=GATES, help="gate design of tsa")
-    add("--gate_bias", type=float, help="initial bias of the routers of tsa and halt")
+    add("--gate_bias", type=float, help="tsa, halt: initial bias of the routers")
     add("--threshold", type=float, help="tsa, halt: skip or halt above this p; exit: exit above this confidence")
     add("--lam", type=float, help="tsa, halt: price of depth, the weight of the mean gate in the loss")
     add("--lam_ramp", type=float, help="tsa, halt: share of training over which the price of depth rises to lam")
@@ -85,7 +85,7 @@ def parse_args(argv):
         help="dtype of the forward pass in training; auto: bfloat16 if the hardware supports it")
     add("--compile", action="store_true", help="compile the loss with torch.compile")
     add("--eval_interval", type=positive_int, help="steps between evaluations, each of which saves a checkpoint")
-    add("--out_dir", help="output folder; without it, a new one below out/")
+    add("--out_dir", help="output folder; by default a new one under out/")
     add("--resume", metavar="DIR", help="continue the run in DIR with its own flags; only --device may be added")
 
     # The defaults depend on preset, task and model, so parse twice. --help is left to the second pass.
@@ -105,7 +105,7 @@ def parse_args(argv):
 
 
 def pick_device(name):
-    """The named device, or the best available for "auto"; exits if it does not work."""
+    """Return the named device, or the best available for "auto"; exit if it does not work."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -150,7 +150,7 @@ def save(path, contents, write):
 
 
 def load_checkpoint(path, device="cpu"):
-    """ckpt.pt -> the model on `device` in eval mode, and the saved dictionary; exits if the file cannot be used."""
+    """Load ckpt.pt; return the model in eval mode and the saved dictionary. Exit if the file is unusable."""
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
         model = build(Config(**saved["config"]))
@@ -166,7 +166,7 @@ def load_checkpoint(path, device="cpu"):
 def evaluate(model, windows, mode, batch_size=64):
     """
     Score windows (idx, targets), each (n, T), in float32. Return the mean loss over the scored tokens and two lists
-    with one value per block: the mean gate, and the share of tokens that ran the block (whose gate is not 0).
+    with one value per block: the mean gate, and the share of tokens that ran the block (gate not 0).
     """
     model.eval()
     idx, targets = windows
@@ -279,8 +279,8 @@ def train(args):
     loss_of = torch.compile(model.loss) if args.compile else model.loss
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     attention_kernel = contextlib.nullcontext
-    if device == "cpu" and args.dtype == "bfloat16":        # the fused kernel trains more slowly in this case
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)       # despite its name, applies to CPUs too
+    if device == "cpu" and args.dtype == "bfloat16":        # the fused kernel is slower in training here
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)       # despite its name, this applies to CPUs too
         attention_kernel = functools.partial(sdpa_kernel, SDPBackend.MATH)
     finite = torch.tensor(True, device=device)
     began = lap = time.perf_counter()
@@ -307,7 +307,7 @@ def train(args):
         evaluates = step % args.eval_interval == 0 or step == args.max_iters
         if evaluates or step % LOG_INTERVAL == 0:
             if not finite:      # checked only here, to avoid a GPU sync in every step
-                sys.exit(f"the loss or its gradient was not finite by step {step}: start again with a lower "
+                sys.exit(f"the loss or its gradient was not finite at some step up to {step}: start again with a lower "
                          f"--learning_rate")
             seconds = time.perf_counter() - began
             left = int(seconds / (step - saved["step"]) * (args.max_iters - step))
@@ -315,8 +315,8 @@ def train(args):
             row = {"step": step, "loss": loss.item(), "task_loss": task.item(), "lam": lam,
                    "depth": sum(by_block[1:]) / max(len(by_block) - 1, 1),
                    "tokens_per_s": round((step - lap_step) * idx.numel() / (time.perf_counter() - lap))}
-            price = "" if args.lam is None else "= task {task_loss:.4f} + {lam:.3g} * depth {depth:.4f}  ".format(**row)
-            print(f"step {step}/{args.max_iters}  loss {row['loss']:.4f}", price + "gates",
+            price = "= task {task_loss:.4f} + {lam:.3g} * mean gate {depth:.4f}  ".format(**row)
+            print(f"step {step}/{args.max_iters}  loss {row['loss']:.4f}", (price if lam else "") + "gates",
                   *(f"{gate:.2f}" for gate in by_block[1:]),
                   f" {row['tokens_per_s'] / 1000:.0f}k tok/s  {left // 60}:{left % 60:02d} left")
             lap, lap_step = time.perf_counter(), step

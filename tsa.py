@@ -1,7 +1,8 @@
 """
 Token-Selective Attention: a character transformer in which a router decides for each token which blocks it runs.
 
-Written from scratch after "Adaptive Computation Depth via Learned Token Routing in Transformers" (arXiv 2605.05222).
+A from-scratch implementation of "Adaptive Computation Depth via Learned Token Routing in Transformers"
+(arXiv 2605.05222).
 The idea is to give each token a gate for each block. It scales both residual updates of the token's state x:
 
     x = x + gate * attn(ln1(x))                                                       (1)
@@ -18,8 +19,8 @@ skipped block is cheap, but not free.
 
 A model runs in one of two modes:
 
-    "trained"     applies the gates that training uses and computes every block for every token
-    "executed"    applies the inference-time gates and computes a block only for the tokens whose gate is open
+    "trained"     applies the training gates and computes every block for every token
+    "executed"    applies the inference gates and computes a block only for the tokens whose gate is open
 
 Shapes: B sequences of T tokens, C = n_embd channels, nh heads of size hs = C / nh, V characters, L blocks.
 """
@@ -56,13 +57,13 @@ class Config:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
         least = {"dense": 1, "exit": 3}.get(self.model, 2)
         if self.n_layer < least:
-            raise ValueError(f"{self.model} needs n_layer {least} or more")
+            raise ValueError(f"model {self.model!r} needs n_layer {least} or more")
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # Gate designs: the place to experiment. A design is a pair of functions of the router's probability p (B, T) and the
 # threshold. The first returns the gate for training, the second the gate for inference. Return floats for a scale and
-# bools for a switch; in training, a switch may be a float that carries a gradient.
+# bools for a switch, except in training, where a switch must be a float that carries a gradient.
 
 def soft(p, threshold):
     """The paper's gate in training, equation (4): a scale."""
@@ -80,7 +81,7 @@ GATES = {"soft": (soft, binary), "skip": (soft, skip)}      # name: (training ga
 
 
 class Router(nn.Module):
-    """The gate MLP, equation (3): x (..., C) -> p (...), the probability of skipping the next block, or of halting."""
+    """The router, equation (3): x (..., C) -> p (...), the probability of skipping the next block, or of halting."""
 
     def __init__(self, config):
         super().__init__()
@@ -90,7 +91,7 @@ class Router(nn.Module):
         nn.init.constant_(self.out.bias, config.gate_bias)
 
     def logit(self, x):
-        # float32 from here on: in bfloat16, 1 - p would round to 0 when p is near 1.
+        # float32 from here on, because in bfloat16 1 - p would round to 0 when p is near 1.
         return self.out(F.relu(self.fc(x))).squeeze(-1).float()
 
     def forward(self, x):
@@ -101,14 +102,14 @@ class Router(nn.Module):
 # The block, computed for all tokens or only for those whose gate is open
 
 class KV:
-    """The KV cache of one block. It holds keys and values of all tokens, including those that skipped the block."""
+    """The KV cache of one block. It holds the keys and values of all tokens, including those that skipped the block."""
 
     def __init__(self, batch_size, config, like):       # like: a tensor with the device and dtype of the cache
         self.kv = like.new_empty(batch_size, config.block_size, 2 * config.n_embd)
         self.length = 0
 
     def append(self, kv):
-        """Append kv (B, T, 2C) of T new tokens; return keys and values of all S tokens so far (B, S, 2C)."""
+        """Append kv (B, T, 2C) of T new tokens; return the keys and values of all S tokens so far (B, S, 2C)."""
         T = kv.size(1)
         self.kv[:, self.length:self.length + T] = kv
         self.length += T
@@ -116,7 +117,7 @@ class KV:
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention. Queries may come from some tokens only; keys and values come from all of them."""
+    """Causal multi-head attention. Queries may come from only some tokens; keys and values come from all."""
 
     def __init__(self, config):
         super().__init__()
@@ -143,7 +144,7 @@ class Attention(nn.Module):
         k, v = kv.view(B, -1, 2, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)     # (B, nh, S, hs)
         mask = None if at is None else self.causal[at, :k.size(2)].unsqueeze(1)            # (B, 1, n, S)
         dropout_p = self.dropout if self.training else 0.0
-        is_causal = at is None and n > 1        # a single query is the newest token: no mask
+        is_causal = at is None and n > 1        # a single query comes from the newest token, so no mask
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal)
         return self.proj(y.transpose(1, 2).flatten(2))
 
@@ -205,7 +206,7 @@ class Block(nn.Module):
         at = is_open.int().argsort(dim=1, descending=True, stable=True)[:, :n]             # (B, n) distinct positions
         pick = at.unsqueeze(-1).expand(-1, -1, x.size(-1))                                 # (B, n, C)
         y, g = x.gather(1, pick), gate.gather(1, at).to(x.dtype).unsqueeze(-1)             # (B, n, C), (B, n, 1)
-        # In a single-token step (T = 1) the token is the newest: it attends to the whole cache, without a mask.
+        # In a single-token step (T = 1) the token is the newest, so it attends to the whole cache, without a mask.
         y = y + g * self.attn(h.gather(1, pick), kv, at if x.size(1) > 1 else None)        # equation (1)
         y = y + g * self.ffn(self.ln2(y))                                                  # equation (2)
         return x.scatter(1, pick, y)
@@ -220,7 +221,7 @@ def token_loss(logits, targets):
 
 
 class Transformer(nn.Module):
-    """The plain transformer, and the loop over the blocks that the other models share."""
+    """The plain transformer. The other models share its loop over the blocks."""
 
     def __init__(self, config):
         super().__init__()
@@ -239,12 +240,12 @@ class Transformer(nn.Module):
     def forward(self, idx, mode="trained", cache=None):
         """
         idx (B, T) -> logits (B, T, V) and gates (L, B, T), both float32; the gate of a plain block counts as 1. `cache`
-        is a list of KV objects, one per block. The first call may pass any number of tokens, later calls one each.
+        is a list of KV objects, one per block. The first call may pass any number of tokens, later calls only one.
         """
         assert mode in MODES, mode
         x, gate, gates = self.embed(idx, cache), None, []
         for l, block in enumerate(self.blocks):
-            if l > 0:       # block 0 has no gate: until it has run, a token knows nothing of its context
+            if l > 0:       # block 0 has no gate, because before it a token knows nothing about its context
                 gate = self.next_gate(l, x, gate, mode)
             run = block.gathered if mode == "executed" and gate is not None else block
             x = run(x, gate, None if cache is None else cache[l])
@@ -311,8 +312,8 @@ class Exit(Transformer):
 
     def predict(self, x, gates):
         h = self.ln_f(x)
-        # If a token exited after block e, its gates e + 1 and higher are closed. The loop runs downward, so the norms
-        # L - 2 ... e each overwrite this token's h, and the norm of e wins.
+        # A token that exited after block e has closed gates from block e + 1 on. The loop runs downward from L - 2, so
+        # exit_norms[e] is the last norm to set its h.
         for l in reversed(range(1, self.config.n_layer - 1)):
             h = torch.where(gates[l + 1].bool().unsqueeze(-1), h, self.exit_norms[l](x))
         return self.head(h)
@@ -336,7 +337,7 @@ class Halt(Transformer):
         HALT_SHARE  * sum over l of survive_l p_l CE_l      predict well at the block where the token halts
       + EVERY_SHARE * mean of CE_l over l > 0               train the blocks that few tokens reach
       + LAST_SHARE  * CE_{L-1}                              keep tokens from halting immediately
-      - BARRIER     * sum over l of log(p_l (1 - p_l))      keep p from sticking at 0 or 1
+      - BARRIER     * sum over l < L-1 of log(p_l (1-p_l))  keep p from sticking at 0 or 1
       + lam         * mean of survive_l over l > 0          charge for depth (added in train.py)                (5)
 
     The first three terms are means over the scored tokens, the last two over all tokens.
@@ -452,9 +453,9 @@ def multiply_adds(config, ran, T=None, decode=False):
     """
     C, T, total = config.n_embd, T or config.block_size, 0
     for share in ran:
-        # Each key that a query attends to is multiplied twice, for its score and for its value. The plain block's
-        # causal kernel skips future keys, which leaves T / 2 on average, and so does decoding, whose cache grows from
-        # 0 to T. The gathered block's masked kernel multiplies all T keys.
+        # Each key that a query attends to costs 2 C: C for the score and C for the value. The plain block's causal
+        # kernel skips future keys, which leaves T / 2 on average. Decoding also averages T / 2, as its cache grows to
+        # T. The gathered block's masked kernel multiplies all T keys.
         attention = (T / 2 if share == 1 or decode else T) * 2 * C
         total += 2 * C * C                                          # keys and values, for all tokens
         total += share * (2 * C * C + attention + 8 * C * C)        # query and output, attention, feed-forward

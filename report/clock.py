@@ -1,11 +1,11 @@
 """
 Measure what skipping saves in wall-clock time: python -m report.clock out/halt/ckpt.pt --out report/clock.csv
 
-Times the plain model and the executed model alternately, in one process and in float32. Prefill processes whole
+Time the plain model and the executed model alternately, in one process and in float32. Prefill processes whole
 windows; decode processes the second half of each window token by token. All gates are replayed: the model's own, and
 random ones that are open with each probability in KEEPS. The text is from the validation split; without a checkpoint,
-the text and the weights are random, at the paper's width. "allowed" is the speed-up that the saved multiply-adds alone
-would give.
+the text and the weights are random, at the paper's width. `allowed` is the speed-up predicted from the saved
+multiply-adds alone.
 """
 import argparse
 import contextlib
@@ -120,7 +120,7 @@ def main(argv=None):
             rows = clock(plain, model, text, work, B, args.seconds, device)
             for row in rows:
                 print("{work:8} batch {batch:<3} {gates:12} {open:.3f} {ms:10.3f} ms ({ms_low:.3f} to {ms_high:.3f})  "
-                      "speed-up {speedup:.2f}, allowed {allowed:.2f}".format(**row))
+                      "speed-up {speedup:.2f}, predicted {allowed:.2f}".format(**row))
             if args.out:
                 is_new = not args.out.exists()
                 with open(args.out, "a", newline="", encoding="utf-8") as file:

@@ -4,9 +4,9 @@ Score a trained model in more detail than train.py does:
     python -m report.depth out/tsa-soft/ckpt.pt --gate skip --threshold 0.9
 
 For each threshold, score the whole split as trained and as executed: both losses, both savings, the accuracy, and the
-loss when each token is given the gates of another sequence at the same position. If that loss hardly differs, the gates
-do not depend on the token. For chains, also report accuracy and mean depth by number of hops. The rows are added to
-scores.json next to the checkpoint.
+loss when each token is given the gates of another sequence at the same position. If that loss hardly differs, it hardly
+matters which token gets which gates. For chains, also report accuracy and mean depth by number of hops. The rows are
+added to scores.json next to the checkpoint.
 """
 import argparse
 import contextlib
@@ -70,8 +70,8 @@ def hops_of(idx):
 
 def by_hops(idx, right, gates):
     """
-    One row per number of hops: number of tokens, accuracy, blocks used and blocks needed. A place that a token looks up
-    may have looked up another one already, so the reach doubles with each block: l blocks follow up to 2^l - 1 hops.
+    One row per number of hops: number of tokens, accuracy, blocks used and blocks needed. A token that is looked up
+    may itself have looked up another, so the reach doubles with each block: l blocks follow up to 2^l - 1 hops.
     """
     hops = hops_of(idx)
     return [{"hops": h, "n": (hops == h).sum().item(), "accuracy": right[hops == h].float().mean().item(),
@@ -94,7 +94,7 @@ def score(model, windows, is_chain):
     if config.model != "dense":
         shuffled = permute_tokens(used)
         if not (config.model == "tsa" and config.gate == "skip"):
-            shuffled = shuffled != 0        # switches
+            shuffled = shuffled != 0        # the model returns switches as floats
         row["permuted_executed"] = run(model, windows, "executed", shuffled)[0].sum().item() / n
     if is_chain:
         row["hops"] = by_hops(windows[0], right, (used != 0).float())
@@ -104,8 +104,8 @@ def score(model, windows, is_chain):
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="report.depth", description="Score a trained model.")
     parser.add_argument("ckpt", type=Path, help="checkpoint from train.py")
-    parser.add_argument("--gate", choices=GATES, help="use another gate design")
-    parser.add_argument("--threshold", type=float, nargs="+", help="use other thresholds")
+    parser.add_argument("--gate", choices=GATES, help="gate design (default: the checkpoint's)")
+    parser.add_argument("--threshold", type=float, nargs="+", help="thresholds (default: the checkpoint's)")
     parser.add_argument("--split", choices=("val", "test"), default="val", help="split to score (default: val)")
     parser.add_argument("--device", default="auto", help="device to use (default: the best one available)")
     args = parser.parse_args(argv)

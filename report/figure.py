@@ -1,7 +1,7 @@
 """
-Draw the README's figures.
+Draw chain.svg and gates.svg for the README.
 
-    python -m report.figure chain out/halt/ckpt.pt out/tsa-soft/ckpt.pt report/chain.svg    # one chain, in three ways
+    python -m report.figure chain out/halt/ckpt.pt out/tsa-soft/ckpt.pt report/chain.svg    # a chain, in three ways
     python -m report.figure gates out/tsa-soft/ckpt.pt report/gates.svg                     # histograms by block
 """
 import sys
@@ -25,7 +25,7 @@ def new_figure(width, height):
 
 
 def draw_row(axes, title, model, idx, targets, mode):
-    """One sequence (1, T): a square per token and block, darker for larger gates; wrong answers red."""
+    """One sequence (1, T): a square per token and block, darker for larger gates; wrong answers in red."""
     _, right, gates = run(model, (idx, targets), mode)
     axes.imshow(gates[:, 0], cmap="Blues", vmin=0, vmax=1.25, origin="lower", aspect="auto")
     axes.set_xticks(range(idx.size(1)), [(data.DIGITS + data.LETTERS)[i] for i in idx[0]])

@@ -1,7 +1,7 @@
 """
 Collect finished runs: python -m report.plot out --csv report/results.csv --svg report/frontier.svg
 
-Reads every result.json below the folders, and the scores.json of report.depth beside it. If runs differ only
+Read every result.json under the folders, and the scores.json of report.depth beside it. If runs differ only
 in their seed, name their folders NAME-s0, NAME-s1, ...; their means and standard deviations are printed on one line.
 All rows go to a csv file; the plot shows the loss against the multiply-adds saved, both as executed.
 """
@@ -28,7 +28,7 @@ def read_rows(folders, commit):
         name = Path(result["data"]).name
         result["setting"] = name if name in ("chain", "copy", "sort") else f"{result['preset']} {name}"
         result |= {"run": path.parent.name, "split": "val", "commit": commit}
-        if result["model"] == "dense":      # what fewer layers save against the preset's 6
+        if result["model"] == "dense":      # what fewer layers save compared with the preset's 6
             config = Config(**{key: result[key] for key in ("model", "vocab_size", "block_size", "n_embd", "n_head")})
             result["tlops_saved"] = 1 - result["n_layer"] / 6
             result["macs_saved"] = 1 - multiply_adds(config, result["ran"]) / multiply_adds(config, [1] * 6)

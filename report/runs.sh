@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Every run behind README.md and report/README.md, from the repository's root; the tables say which seeds have been run.
-# With OMP_NUM_THREADS=1, a run of the laptop preset takes about 6 minutes on one core, a chain 2 minutes, the paper preset
-# 3 hours. Finished runs are not repeated.
+# The runs behind README.md and report/README.md, except the older ones at the paper's size. Run this script from the
+# repository's root; the tables say which seeds have been run. With OMP_NUM_THREADS=1 on one core, a laptop run takes
+# about 6 minutes, a chain run 2 minutes and a paper run 3 hours. Finished runs are not repeated.
 set -eu
 run() {     # run NAME FLAGS...: one seed, into out/NAME-sSEED
     local folder=out/$1-s$seed
