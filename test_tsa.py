@@ -927,14 +927,15 @@ def test_chains_are_scored_by_hops():
 def test_clock_times_each_way_to_run(finished, monkeypatch):
     """The plain model is the baseline for all others; the model's own gates are timed as well as random ones."""
     monkeypatch.setattr(clock, "BATCHES", {"prefill": (3,), "decode": (2,)})
-    seconds, timed = itertools.cycle([2, 1, 1, 1, 1]), []       # the plain model, then the four others
+    seconds, timed = itertools.cycle([2, 1, 1, 1, 1, 1]), []       # the plain model, then the five others
     monkeypatch.setattr(clock, "timed", lambda call, device: timed.append(call()) or next(seconds))
     assert run(clock, finished / "ckpt.pt", "--device", "cpu", "--seconds", 0, "--out", finished / "c.csv") == 0
     lines = [line.split(",") for line in (finished / "c.csv").read_text().splitlines()]
-    assert [line[3] for line in lines[1:6]] == ["plain", "own", "random 0.726", "random 0.5", "random 0.3"]
-    assert len(lines) == 11 and all(float(line[8]) == 1 == float(line[9]) for line in lines[1::5])
-    assert all(float(line[8]) == 2 for line in (*lines[2:6], *lines[7:11])) and len(timed) == 2 * 4 * 5
-    assert all(0 < float(line[4]) < 1 for line in (*lines[2:6], *lines[7:11]))
+    assert [line[3] for line in lines[1:4]] == ["plain", "plain half", "own"] and len(lines) == 1 + 2 * 6
+    assert all(float(line[8]) == 1 == float(line[9]) for line in lines[1::6]) and len(timed) == 2 * 4 * 6
+    assert all(float(line[8]) == 2 for i, line in enumerate(lines[1:]) if i % 6)
+    assert all(float(line[9]) > 2 for line in lines[2::6])          # 1 layer instead of 3
+    assert all(0 < float(line[4]) < 1 for i, line in enumerate(lines[1:]) if i % 6 > 1)
 
 
 def test_mean_and_spread_are_over_the_seeds_of_a_name(tmp_path):

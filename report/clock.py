@@ -1,11 +1,11 @@
 """
 Measure what skipping saves in wall-clock time: python -m report.clock out/halt/ckpt.pt --out report/clock.csv
 
-Time the plain model and the executed model alternately, in one process and in float32. Prefill processes whole
-windows; decode processes the second half of each window token by token. All gates are replayed: the model's own, and
-random ones that are open with each probability in KEEPS. The text is from the validation split; without a checkpoint,
-the text and the weights are random, at the paper's width. `allowed` is the speed-up predicted from the saved
-multiply-adds alone.
+Time the plain model, one with half of its layers and the executed model alternately, in one process and in float32.
+Prefill processes whole windows; decode processes the second half of each window token by token. All gates are replayed:
+the model's own, and random ones that are open with each probability in KEEPS. The text is from the validation split;
+without a checkpoint, the text and the weights are random, at the paper's width. `allowed` is the speed-up predicted
+from the saved multiply-adds alone.
 """
 import argparse
 import contextlib
@@ -68,14 +68,14 @@ def draw_gates(config, idx, keep):
 
 
 @torch.inference_mode()
-def clock(plain, model, text, work, B, seconds, device):
+def clock(plain, half, model, text, work, B, seconds, device):
     """
-    Time one kind of work at batch size B and return its rows. `ms` is the median time of a prefill or of a decode step;
-    `ms_low` and `ms_high` are its quartiles.
+    Time one kind of work at batch size B and return its rows, relative to `plain`. `half` is a plain model with half
+    of the layers. `ms` is the median time of a prefill or of a decode step; `ms_low` and `ms_high` are its quartiles.
     """
     config, T = model.config, model.config.block_size
     idx = text.repeat(B * T // len(text) + 1)[:B * T].view(B, T)
-    cases = [("plain", plain, None), ("own", model, model(idx, "executed")[1] != 0)]
+    cases = [("plain", plain, None), ("plain half", half, None), ("own", model, model(idx, "executed")[1] != 0)]
     cases += [(f"random {keep}", model, draw_gates(config, idx, keep)) for keep in KEEPS]
     calls = [decode(m, idx, gates) if work == "decode" else functools.partial(forward, m, idx, gates)
              for _, m, gates in cases]
@@ -86,14 +86,14 @@ def clock(plain, model, text, work, B, seconds, device):
     rows, all_times = [], list(zip(*rounds[1:]))        # the first round is the warm-up
     for (name, m, gates), times in zip(cases, all_times):
         low, median, high = (1000 * t / n for t in statistics.quantiles(times, n=4))
-        ran = [1.0] * config.n_layer
+        ran = [1.0] * m.config.n_layer
         if gates is not None:
             ran = gates[:, :, T - T // 2 if work == "decode" else 0:].double().mean((1, 2)).tolist()
         macs = multiply_adds(m.config, ran, decode=work == "decode")
-        rows.append({"work": work, "batch": B, "gates": name, "open": sum(ran[1:]) / (len(ran) - 1), "ms": median,
+        rows.append({"work": work, "batch": B, "gates": name, "open": sum(ran[1:]) / max(len(ran) - 1, 1), "ms": median,
                      "ms_low": low, "ms_high": high,
                      "speedup": statistics.median(a / b for a, b in zip(all_times[0], times)),
-                     "allowed": multiply_adds(plain.config, [1] * len(ran), decode=work == "decode") / macs})
+                     "allowed": multiply_adds(plain.config, [1] * config.n_layer, decode=work == "decode") / macs})
     return rows
 
 
@@ -113,11 +113,12 @@ def main(argv=None):
     else:
         model = build(Config(block_size=256)).to(device).eval()
         text = torch.randint(65, (64 * 256,), device=device)
-    plain = build(replace(model.config, model="dense")).to(device).eval()
+    plain, half = (build(replace(model.config, model="dense", n_layer=n)).to(device).eval()
+                   for n in (model.config.n_layer, model.config.n_layer // 2))
     print(f"{torch.get_num_threads()} threads on {device}, torch {torch.__version__}, {model.config}")
     for work, batches in BATCHES.items():
         for B in batches:
-            rows = clock(plain, model, text, work, B, args.seconds, device)
+            rows = clock(plain, half, model, text, work, B, args.seconds, device)
             for row in rows:
                 print("{work:8} batch {batch:<3} {gates:12} {open:.3f} {ms:10.3f} ms ({ms_low:.3f} to {ms_high:.3f})  "
                       "speed-up {speedup:.2f}, predicted {allowed:.2f}".format(**row))
