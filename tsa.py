@@ -55,7 +55,7 @@ class Config:
             raise ValueError(f"unknown gate {self.gate!r}: choose one of {', '.join(GATES)}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
-        least = {"dense": 1, "exit": 3}.get(self.model, 2)
+        least = {"dense": 1, "exit": 3}.get(self.model, 2)      # the fewest blocks of which one can be skipped
         if self.n_layer < least:
             raise ValueError(f"model {self.model!r} needs n_layer {least} or more")
 
@@ -190,10 +190,10 @@ class Block(nn.Module):
         """The result of forward, computed only for tokens whose gate is open: (B, T, C), (B, T) -> (B, T, C)."""
         assert not self.training, "dropout here would differ from forward's: use gathered only in eval mode"
         n_open = gate.count_nonzero().item()
-        if n_open == gate.numel():      # nothing to skip, and with a bool gate nothing to scale
+        if n_open == gate.numel():      # nothing to skip; a bool gate does not scale anything either
             return self(x, None if gate.dtype == torch.bool else gate, cache)
         h = self.ln1(x)
-        kv = self.attn.keys_values(h, cache)        # for all tokens, because open ones attend to closed ones too
+        kv = self.attn.keys_values(h, cache)        # for all tokens, because others attend to closed ones too
         if n_open == 0:
             return x
         # Gather n tokens from each sequence, where n is the largest number of open gates in any sequence. Each row of
@@ -277,7 +277,7 @@ class Transformer(nn.Module):
 
 
 class TSA(Transformer):
-    """The paper's model (section 1): after every block but the last, a router computes the gate of the next block."""
+    """The paper's model: after every block but the last, a router computes the gate of the next block."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -311,15 +311,13 @@ class Exit(Transformer):
         return unsure if gate is None else gate & unsure
 
     def predict(self, x, gates):
-        h = self.ln_f(x)
-        # A token that exited after block e has closed gates from block e + 1 on. The loop runs downward from L - 2, so
-        # exit_norms[e] is the last norm to set its h.
-        for l in reversed(range(1, self.config.n_layer - 1)):
-            h = torch.where(gates[l + 1].bool().unsqueeze(-1), h, self.exit_norms[l](x))
+        h, last = self.ln_f(x), gates.sum(0) - 1        # the last block that each token ran (B, T)
+        for l, norm in enumerate(self.exit_norms):
+            h = torch.where((last == l).unsqueeze(-1), norm(x), h)
         return self.head(h)
 
     def loss(self, idx, targets):
-        """The mean of the cross-entropies after each of the L blocks (paper, section 1), and gates that are all 1."""
+        """The mean of the cross-entropies after each of the L blocks, as in the paper, and gates that are all 1."""
         x, total = self.embed(idx), 0
         for block, norm in zip(self.blocks, [*self.exit_norms, self.ln_f]):
             x = block(x)
@@ -441,7 +439,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, mode=None)
 def tlops_saved(ran):
     """
     The share of token-layer operations (one token running one block) that was saved. If ran[0] = 1 and alpha is the
-    mean of ran[1:], this is the paper's 1 - (1 + (L-1) alpha) / L (section 1).
+    mean of ran[1:], this is the paper's 1 - (1 + (L-1) alpha) / L.
     """
     return 1 - sum(ran) / len(ran)
 
@@ -450,6 +448,7 @@ def multiply_adds(config, ran, T=None, decode=False):
     """
     Multiply-adds per token in all matrix products: for a prefill of T tokens (by default a full window) or, with
     decode=True, for generating one sequence token by token. A block that ran for every token counts as a plain block.
+    The padding of the gathered block is not counted.
     """
     C, T, total = config.n_embd, T or config.block_size, 0
     for share in ran:
