@@ -589,7 +589,7 @@ def test_result_is_the_score_of_the_checkpoint(finished, text_file):
     first = train.score(model, (idx[:64], targets[:64]))["val_loss_executed"]       # while training: 64 windows
     assert log == saved["rows"] and log[-1]["val_loss_executed"] == pytest.approx(first) != result["val_loss_executed"]
     targets[:, :5] = -1             # unscored tokens count for the gates, but not for the loss
-    model = tiny(vocab_size=len(vocab), gate="skip")
+    model = tiny(vocab_size=len(vocab), gate="skip", threshold=0.8)
     for value, expected in zip(train.evaluate(model, (idx, targets), "executed"),
                                slow_score(model, text, vocab, "executed", unscored=5)):
         assert value == pytest.approx(expected, abs=1e-5)
