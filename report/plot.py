@@ -28,10 +28,6 @@ def read_rows(folders, commit):
         name = Path(result["data"]).name
         result["setting"] = name if name in ("chain", "copy", "sort") else f"{result['preset']} {name}"
         result |= {"run": path.parent.name, "split": "val", "commit": commit}
-        if result["model"] == "dense":      # what fewer layers save compared with the preset's 6
-            config = Config(**{key: result[key] for key in ("model", "vocab_size", "block_size", "n_embd", "n_head")})
-            result["tlops_saved"] = 1 - result["n_layer"] / 6
-            result["macs_saved"] = 1 - multiply_adds(config, result["ran"]) / multiply_adds(config, [1] * 6)
         rows.append(result)
         scores = path.with_name("scores.json")
         for score in json.loads(scores.read_text("utf-8")) if scores.exists() else []:
@@ -39,6 +35,11 @@ def read_rows(folders, commit):
                 result |= score
             else:
                 rows.append(result | score)
+    for row in rows:
+        if row["model"] == "dense":     # what fewer layers save compared with the preset's 6
+            config = Config(**{key: row[key] for key in ("model", "vocab_size", "block_size", "n_embd", "n_head")})
+            row["tlops_saved"] = 1 - row["n_layer"] / 6
+            row["macs_saved"] = 1 - multiply_adds(config, row["ran"]) / multiply_adds(config, [1] * 6)
     return rows
 
 
@@ -64,18 +65,20 @@ def draw(summary, path):
     except ImportError:
         sys.exit("this figure needs matplotlib: pip install matplotlib")
     settings = sorted({line["setting"] for line in summary})
-    colors = {"dense": "C0", "halt": "C1", "exit": "C2", "tsa soft": "C3", "tsa skip": "C4", "tsa straight": "C5"}
+    styles = {"dense": ("plain", "C0"), "halt": ("halting", "C1"), "exit": ("early exit", "C2"),
+              "tsa soft": ("the paper's gate, thresholded", "C3"), "tsa skip": ("the paper's gate, skip", "C4")}
     figure = Figure(figsize=(5 * len(settings), 4), layout="constrained")
     for axes, setting in zip(figure.subplots(1, len(settings), squeeze=False)[0], settings):
         curves = {}
         for line in summary:
-            if line["setting"] == setting:
+            if line["setting"] == setting and line["split"] == "val":
                 name = f"{line['model']} {line['gate'] or ''}".strip()
                 curves.setdefault(name, []).append((100 * line["macs_saved"][0], *line["val_loss_executed"]))
         best = min(loss for points in curves.values() for _, loss, _ in points)
         for name, points in curves.items():
             saved, loss, spread = zip(*points)
-            axes.errorbar(saved, loss, spread, fmt="o-", capsize=3, label=name, color=colors.get(name, "black"))
+            label, color = styles.get(name, (name, "black"))
+            axes.errorbar(saved, loss, spread, fmt="o-", capsize=3, label=label, color=color)
         axes.set(title=setting, xlabel="multiply-adds saved (%)", ylabel="validation loss, as executed")
         axes.set_ylim(0.99 * best, 1.06 * best)     # crops out models whose loss explodes when executed
         axes.spines[["top", "right"]].set_visible(False)
@@ -92,7 +95,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     rows = read_rows(args.folders, args.commit)
     if not rows:
-        sys.exit(f"no finished run (result.json) below {', '.join(args.folders)}")
+        sys.exit(f"no finished run (result.json) under {', '.join(args.folders)}")
     summary = summarize(rows)
     for line in summary:
         print("{setting:19} {name:24} {split:4} {gate!s:5} {threshold!s:5} n={n}".format(**line),

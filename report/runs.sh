@@ -24,36 +24,57 @@ for seed in 0 1 2; do
         run $text-exit --data $text --model exit
         run $text-halt-lam0.03 --data $text --model halt
     done
+    for n in 1 2; do run shakespeare-dense$n --model dense --n_layer $n; done
 
     # The paper's size
     for n in 5 6; do run paper-dense$n --preset paper --model dense --n_layer $n; done
     run paper-tsa --preset paper
 done
 
-# Runs that need a change in tsa.py first, named in the comment. Seed 0 unless the table says otherwise.
+# Other settings: one seed
 seed=0
-# README.md, "Your own gate":
+run shakespeare-tsa-lam0 --lam 0
+run shakespeare-tsa-lam0.05 --lam 0.05
+run shakespeare-tsa-bias-3 --gate_bias -3
+run shakespeare-tsa-bias1 --gate_bias 1
+run shakespeare-halt-lam0.015 --model halt --lam 0.015
+run shakespeare-halt-lam0.06 --model halt --lam 0.06
+run stdlib-halt-lam0.015 --data stdlib --model halt --lam 0.015
+for text in shakespeare stdlib; do run $text-halt-lam0 --data $text --model halt --lam 0; done
+
+# These runs need a change to tsa.py first: the gate of README.md ("Your own gate"), the constant gate of exercise 2,
+# the shares of exercise 3 or 0.4, 0.1 and 0.5, or the loss of report/README.md ("Controls"). The tables give the seeds.
 # run shakespeare-straight --gate straight --lam 0.01
 # run chain-straight --data chain --gate straight --lam 0.01
-# README.md, exercise 2:
 # run shakespeare-constant
-# README.md, exercise 3, and the shares 0.4, 0.1, 0.5:
-# run shakespeare-halt-shares.1-lam0.03 --model halt
-# run stdlib-halt-shares.1-lam0.03 --data stdlib --model halt
-# run shakespeare-halt-shares.4-lam0.03 --model halt
-run stdlib-halt-lam0.015 --data stdlib --model halt --lam 0.015
+# run shakespeare-exit-frozen --model exit --threshold 0.75
+# for text in shakespeare stdlib; do
+#     run $text-halt-shares.1-lam0.03 --data $text --model halt
+#     run $text-halt-shares.4-lam0.03 --data $text --model halt
+# done
 
-# Scores beside result.json: skipping only gates below 0.1, early exit's thresholds, hops of chains
-for folder in out/{shakespeare,stdlib}-tsa-s?; do
+# Scores beside result.json: skipping blocks with small gates, early exit's thresholds, hops of chains
+for folder in out/{shakespeare,stdlib}-tsa*; do
     python -m report.depth $folder/ckpt.pt --gate skip --threshold 0.9
 done
-for folder in out/{shakespeare,stdlib}-exit-s?; do
-    python -m report.depth $folder/ckpt.pt --threshold .99 .95 .9 .85 .8 .75 .7 .65 .6 .55 .5 .4 .3
-done
+for folder in out/{shakespeare,stdlib}-exit-s?; do python -m report.depth $folder/ckpt.pt --threshold .75; done
+python -m report.depth out/shakespeare-exit-s0/ckpt.pt --threshold .99 .95 .9 .85 .8 .7 .65 .6 .55 .5 .4 .3
 for folder in out/chain-*; do python -m report.depth $folder/ckpt.pt; done
 for folder in out/chain-tsa-s?; do
     python -m report.depth $folder/ckpt.pt --gate skip --threshold 0.8 0.9 0.95
 done
+
+# The test split, once, after all choices had been made on the validation split
+for folder in out/{shakespeare,stdlib}-{dense4,dense5,dense6,tsa,halt-lam0.03}-s?; do
+    python -m report.depth $folder/ckpt.pt --split test
+done
+for folder in out/{shakespeare,stdlib}-tsa-s?; do
+    python -m report.depth $folder/ckpt.pt --split test --gate skip --threshold 0.9
+done
+for folder in out/{shakespeare,stdlib}-exit-s?; do
+    python -m report.depth $folder/ckpt.pt --split test --threshold 0.75
+done
+
 python -m report.plot out --csv report/results.csv
-python -m report.plot out/{shakespeare,stdlib}-{dense4,dense6,tsa,exit,halt-lam0.03}-s? --svg report/frontier.svg
+python -m report.plot out/{shakespeare,stdlib}-{dense[3456],tsa,exit,halt-lam0.03}-s? --svg report/frontier.svg
 python -m report.figure chain out/chain-halt-lam0.03-s0/ckpt.pt out/chain-tsa-s0/ckpt.pt report/chain.svg
