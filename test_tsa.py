@@ -667,12 +667,12 @@ def test_interrupted_run_resumes_to_the_bit(run_train, tmp_path, monkeypatch):
     assert [row | {"tokens_per_s": 0} for row in a["rows"]] == [row | {"tokens_per_s": 0} for row in b["rows"]]
 
 
-@pytest.mark.parametrize("flags, prices", [(["--model", "halt"], (0.25, 0.5, 0.5)), (["--gate", "soft"], (0.5,) * 3),
+@pytest.mark.parametrize("flags, weights", [(["--model", "halt"], (0.25, 0.5, 0.5)), (["--gate", "soft"], (0.5,) * 3),
                                            (["--model", "halt", "--lam_ramp", 1], (0.125, 0.25, 0.375))])
-def test_price_of_depth_rises_over_its_share_of_training(run_train, tmp_path, flags, prices):
-    """At full price, no block pays off early in training, so every token would halt. The paper uses no ramp."""
+def test_depth_penalty_rises_over_its_share_of_training(run_train, tmp_path, flags, weights):
+    """With the full penalty, no block pays off early in training, so every token would halt. The paper has no ramp."""
     assert run_train(*flags, "--lam", 0.5, "--max_iters", 80, "--eval_interval", 20) == 0
-    for row, lam in zip(saved_at(tmp_path / "run")["rows"], prices):
+    for row, lam in zip(saved_at(tmp_path / "run")["rows"], weights):
         assert row["loss"] == pytest.approx(row["task_loss"] + lam * row["depth"], abs=1e-5) and row["lam"] == lam
 
 

@@ -68,8 +68,8 @@ def parse_args(argv):
     add("--gate", choices=GATES, help="gate design of tsa")
     add("--gate_bias", type=float, help="tsa, halt: initial bias of the routers")
     add("--threshold", type=float, help="tsa, halt: skip or halt above this p; exit: exit above this confidence")
-    add("--lam", type=float, help="tsa, halt: price of depth, the weight of the mean gate in the loss")
-    add("--lam_ramp", type=float, help="tsa, halt: share of training over which the price of depth rises to lam")
+    add("--lam", type=float, help="tsa, halt: weight of the depth penalty, the mean gate, in the loss")
+    add("--lam_ramp", type=float, help="tsa, halt: share of training over which the weight rises to lam")
     add("--n_layer", type=positive_int, help="number of blocks")
     add("--n_head", type=positive_int, help="number of attention heads")
     add("--n_embd", type=positive_int, help="embedding width")
@@ -315,8 +315,8 @@ def train(args):
             row = {"step": step, "loss": loss.item(), "task_loss": task.item(), "lam": lam,
                    "depth": sum(by_block[1:]) / max(len(by_block) - 1, 1),
                    "tokens_per_s": round((step - lap_step) * idx.numel() / (time.perf_counter() - lap))}
-            price = "= task {task_loss:.4f} + {lam:.3g} * mean gate {depth:.4f}  ".format(**row)
-            print(f"step {step}/{args.max_iters}  loss {row['loss']:.4f}", (price if lam else "") + "gates",
+            penalty = "= task {task_loss:.4f} + {lam:.3g} * mean gate {depth:.4f}  ".format(**row)
+            print(f"step {step}/{args.max_iters}  loss {row['loss']:.4f}", (penalty if lam else "") + "gates",
                   *(f"{gate:.2f}" for gate in by_block[1:]),
                   f" {row['tokens_per_s'] / 1000:.0f}k tok/s  {left // 60}:{left % 60:02d} left")
             lap, lap_step = time.perf_counter(), step

@@ -206,7 +206,7 @@ class Block(nn.Module):
         at = is_open.int().argsort(dim=1, descending=True, stable=True)[:, :n]             # (B, n) distinct positions
         pick = at.unsqueeze(-1).expand(-1, -1, x.size(-1))                                 # (B, n, C)
         y, g = x.gather(1, pick), gate.gather(1, at).to(x.dtype).unsqueeze(-1)             # (B, n, C), (B, n, 1)
-        # In a single-token step (T = 1) the token is the newest, so it attends to the whole cache, without a mask.
+        # With `at`, attn selects these rows of the causal mask. A single token (T = 1) is the newest: no mask.
         y = y + g * self.attn(h.gather(1, pick), kv, at if x.size(1) > 1 else None)        # equation (1)
         y = y + g * self.ffn(self.ln2(y))                                                  # equation (2)
         return x.scatter(1, pick, y)
@@ -336,7 +336,7 @@ class Halt(Transformer):
       + EVERY_SHARE * mean of CE_l over l > 0               train the blocks that few tokens reach
       + LAST_SHARE  * CE_{L-1}                              keep tokens from halting immediately
       - BARRIER     * sum over l < L-1 of log(p_l (1-p_l))  keep p from sticking at 0 or 1
-      + lam         * mean of survive_l over l > 0          charge for depth (added in train.py)                (5)
+      + lam         * mean of survive_l over l > 0          depth penalty (added in train.py)                   (5)
 
     The first three terms are means over the scored tokens, the last two over all tokens.
     The first term is the expected loss of PonderNet (Banino et al. 2021, arXiv 2107.05407). Gates scale nothing here:
