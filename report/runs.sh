@@ -43,7 +43,8 @@ run stdlib-halt-lam0.015 --data stdlib --model halt --lam 0.015
 for text in shakespeare stdlib; do run $text-halt-lam0 --data $text --model halt --lam 0; done
 
 # These runs need a change to tsa.py first: the gate of README.md ("Your own gate"), the constant gate of exercise 2,
-# the shares of exercise 3 or 0.4, 0.1 and 0.5, or the loss of report/README.md ("Controls"). The tables give the seeds.
+# the shares of exercise 3 or 0.4, 0.1 and 0.5, or the loss in report/LOG.md (early exit with frozen keys and values).
+# The tables give the seeds.
 # run shakespeare-straight --gate straight --lam 0.01
 # run chain-straight --data chain --gate straight --lam 0.01
 # run shakespeare-constant
@@ -76,5 +77,5 @@ for folder in out/{shakespeare,stdlib}-exit-s?; do
 done
 
 python -m report.plot out --csv report/results.csv
-python -m report.plot out/{shakespeare,stdlib}-{dense[3456],tsa,exit,halt-lam0.03}-s? --svg report/frontier.svg
+python -m report.plot out/{shakespeare,stdlib}-{dense[3456],tsa,exit,halt-lam0.0*}-s? --svg report/frontier.svg
 python -m report.figure chain out/chain-halt-lam0.03-s0/ckpt.pt out/chain-tsa-s0/ckpt.pt report/chain.svg
