@@ -25,7 +25,7 @@ DOWNLOADS = {       # file in FOLDER, URL, sha256
                "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"),
 }
 TIMEOUT = 10        # seconds to wait for the server to send data
-ENWIK8_SPLIT = 90_000_000, 95_000_000           # the paper's start of validation and test, in characters
+ENWIK8_SPLIT = 90_000_000, 95_000_000           # the characters where the paper's val and test splits begin
 
 PAD, BOS, SEP, EOS = ".^|$"                     # the 4 special symbols in the paper's vocabulary of 32
 SYMBOLS = "abcdefghijklmnopqrstuvwxyzAB"        # the other 28; "sort" sorts in this order
@@ -80,7 +80,7 @@ class Data:
 
 
 def encode(text, vocab):
-    """Return the list of a text's tokens; raise a ValueError that names the characters not in the vocabulary."""
+    """Return a text as a list of tokens; raise a ValueError that names the characters not in the vocabulary."""
     unknown = sorted(set(text) - set(vocab))
     if unknown:
         raise ValueError(f"the model does not know the characters {ascii(''.join(unknown))}")
@@ -136,7 +136,7 @@ def copy_or_sort(name):
     bos, sep, eos = (np.full((n, 1), vocab.index(c)) for c in (BOS, SEP, EOS))
     rows = np.concatenate([bos, source, sep, target, eos], axis=1)
     targets = rows[:, 1:].copy()
-    targets[:, :SOURCE_LENGTH + 1] = -1     # only what follows SEP is scored: the source is random
+    targets[:, :SOURCE_LENGTH + 1] = -1     # score only what follows SEP, because the source is random
     return task_data(vocab, rows[:, :-1], targets, SOURCE_LENGTH + 2, SOURCE_LENGTH + 1)
 
 

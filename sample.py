@@ -29,7 +29,7 @@ def parse_args(argv):
                                      description="Generate text with a trained model, or show its gates.")
     add = parser.add_argument
     add("--ckpt", type=Path, help="checkpoint; by default the newest out/*/ckpt.pt, or else report/halt.pt")
-    add("--prompt", help="text to continue, or to show with --map; by default one from the checkpoint")
+    add("--prompt", help="text to continue, or to show with --map; by default from the checkpoint")
     add("--max_new_tokens", type=positive_int, help="tokens to generate; by default 500, or one answer for a task")
     add("--temperature", type=float, default=0.8, help="0 always picks the most likely token (default: 0.8)")
     add("--top_k", type=positive_int, help="sample from the k most likely tokens; by default from all")

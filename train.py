@@ -68,7 +68,7 @@ def parse_args(argv):
     add("--gate", choices=GATES, help="gate design of tsa")
     add("--gate_bias", type=float, help="tsa, halt: initial bias of the routers")
     add("--threshold", type=float, help="tsa, halt: skip or halt above this p; exit: exit above this confidence")
-    add("--lam", type=float, help="tsa, halt: weight of the depth penalty, the mean gate, in the loss")
+    add("--lam", type=float, help="tsa, halt: weight of the depth penalty (the mean gate) in the loss")
     add("--lam_ramp", type=float, help="tsa, halt: share of training over which the weight rises to lam")
     add("--n_layer", type=positive_int, help="number of blocks")
     add("--n_head", type=positive_int, help="number of attention heads")

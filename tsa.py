@@ -55,7 +55,7 @@ class Config:
             raise ValueError(f"unknown gate {self.gate!r}: choose one of {', '.join(GATES)}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
-        least = {"dense": 1, "exit": 3}.get(self.model, 2)      # the fewest blocks of which one can be skipped
+        least = {"dense": 1, "exit": 3}.get(self.model, 2)      # dense: 1; the others need a block to skip
         if self.n_layer < least:
             raise ValueError(f"model {self.model!r} needs n_layer {least} or more")
 
@@ -91,7 +91,7 @@ class Router(nn.Module):
         nn.init.constant_(self.out.bias, config.gate_bias)
 
     def logit(self, x):
-        # float32 from here on, because in bfloat16 1 - p would round to 0 when p is near 1.
+        # float32 from here on, because 1 - p would round to 0 in bfloat16 when p is near 1.
         return self.out(F.relu(self.fc(x))).squeeze(-1).float()
 
     def forward(self, x):
@@ -206,7 +206,7 @@ class Block(nn.Module):
         at = is_open.int().argsort(dim=1, descending=True, stable=True)[:, :n]             # (B, n) distinct positions
         pick = at.unsqueeze(-1).expand(-1, -1, x.size(-1))                                 # (B, n, C)
         y, g = x.gather(1, pick), gate.gather(1, at).to(x.dtype).unsqueeze(-1)             # (B, n, C), (B, n, 1)
-        # With `at`, attn selects these rows of the causal mask. A single token (T = 1) is the newest: no mask.
+        # With `at`, attn selects these rows of the causal mask. One token (T = 1), the newest, needs no mask.
         y = y + g * self.attn(h.gather(1, pick), kv, at if x.size(1) > 1 else None)        # equation (1)
         y = y + g * self.ffn(self.ln2(y))                                                  # equation (2)
         return x.scatter(1, pick, y)
@@ -328,7 +328,7 @@ class Exit(Transformer):
 
 class Halt(Transformer):
     """
-    Our own model: a token runs block after block until its router says halt. p_l is the probability of halting after
+    Our own model: a token runs block after block until a router halts it. p_l is the probability of halting after
     block l (1 after the last), so a token reaches block l with probability survive_l = (1 - p_0) ... (1 - p_{l-1}).
     Let CE_l be the cross-entropy of the prediction from x after block l. Training minimizes
 
