@@ -52,6 +52,7 @@ for text in shakespeare stdlib; do run $text-halt-lam0 --data $text --model halt
 # for text in shakespeare stdlib; do
 #     run $text-halt-shares.1-lam0.03 --data $text --model halt
 #     run $text-halt-shares.4-lam0.03 --data $text --model halt
+#     run $text-halt-shares.4-lam0.015 --data $text --model halt --lam 0.015
 # done
 
 # Scores beside result.json: skipping blocks with small gates, early exit's thresholds, hops of chains
