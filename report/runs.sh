@@ -51,6 +51,7 @@ for text in shakespeare stdlib; do run $text-halt-lam0 --data $text --model halt
 # run shakespeare-exit-frozen --model exit --threshold 0.75
 # for text in shakespeare stdlib; do
 #     run $text-halt-shares.1-lam0.03 --data $text --model halt
+#     run $text-halt-shares.1-lam0.015 --data $text --model halt --lam 0.015
 #     run $text-halt-shares.4-lam0.03 --data $text --model halt
 #     run $text-halt-shares.4-lam0.015 --data $text --model halt --lam 0.015
 # done
