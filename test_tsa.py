@@ -748,6 +748,17 @@ def test_bad_flags_are_one_line(run_train, capsys, flags, words):
     refused(capsys, run_train(*flags), *words)
 
 
+def test_device_is_tried_before_it_is_used(monkeypatch):
+    """A GPU that torch lists but cannot use must cause neither a traceback nor a silent fallback to the CPU."""
+    def broken(*shape, device):
+        raise RuntimeError("the driver is too old\nand more")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", broken)
+    with pytest.raises(SystemExit, match="--device cuda does not work here .the driver is too old.; try --device cpu$"):
+        train.pick_device("auto")
+
+
 def test_new_run_gets_a_new_folder_and_overwrites_nothing(finished, run_train, tmp_path, text_file, capsys,
                                                           monkeypatch):
     """Neither a second `python train.py` nor a change to the text may destroy the weights of the first run."""
@@ -939,7 +950,7 @@ def test_clock_times_each_way_to_run(finished, monkeypatch):
     assert all(0 < float(line[4]) < 1 for i, line in enumerate(lines[1:]) if i % 6 > 1)
 
 
-def test_mean_and_spread_are_over_the_seeds_of_a_name(tmp_path):
+def test_mean_and_spread_are_over_the_seeds_of_a_name():
     """A mean over different models, or over scores with another threshold, would be meaningless."""
     runs = (("halt-s0", .5, 1.0), ("halt-s1", .5, 2.0), ("halt-s1", .9, 5.0), ("other-s0", .5, 9.0))
     rows = [dict(setting="a", run=name, split="val", gate=None, threshold=threshold, model="halt",

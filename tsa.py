@@ -1,9 +1,8 @@
 """
 Token-Selective Attention: a character transformer in which a router decides for each token which blocks it runs.
 
-A from-scratch implementation of "Adaptive Computation Depth via Learned Token Routing in Transformers"
-(arXiv 2605.05222).
-The idea is to give each token a gate for each block. It scales both residual updates of the token's state x:
+A from-scratch implementation of "Adaptive Computation Depth via Learned Token Routing in Transformers" (arXiv
+2605.05222). The idea is to give each token a gate for each block. It scales both updates of the token's state x:
 
     x = x + gate * attn(ln1(x))                                                       (1)
     x = x + gate * ffn(ln2(x))                                                        (2)
@@ -55,7 +54,7 @@ class Config:
             raise ValueError(f"unknown gate {self.gate!r}: choose one of {', '.join(GATES)}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
-        least = {"dense": 1, "exit": 3}.get(self.model, 2)      # dense: 1; the others need a block to skip
+        least = {"dense": 1, "exit": 3}.get(self.model, 2)      # all but dense need one to skip; exit runs two first
         if self.n_layer < least:
             raise ValueError(f"model {self.model!r} needs n_layer {least} or more")
 
@@ -317,7 +316,7 @@ class Exit(Transformer):
         return self.head(h)
 
     def loss(self, idx, targets):
-        """The mean of the cross-entropies after each of the L blocks, as in the paper, and gates that are all 1."""
+        """The mean of the cross-entropies after each of the L blocks (paper, section 1), and gates that are all 1."""
         x, total = self.embed(idx), 0
         for block, norm in zip(self.blocks, [*self.exit_norms, self.ln_f]):
             x = block(x)
@@ -439,7 +438,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, mode=None)
 def tlops_saved(ran):
     """
     The share of token-layer operations (one token running one block) that was saved. If ran[0] = 1 and alpha is the
-    mean of ran[1:], this is the paper's 1 - (1 + (L-1) alpha) / L.
+    mean of ran[1:], this is 1 - (1 + (L-1) alpha) / L (paper, section 1).
     """
     return 1 - sum(ran) / len(ran)
 
