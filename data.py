@@ -32,7 +32,7 @@ SYMBOLS = "abcdefghijklmnopqrstuvwxyzAB"        # the other 28; "sort" sorts in 
 SOURCE_LENGTH = 20                              # as in the paper's code (the paper itself says 10)
 TRAIN_SEQUENCES, CHAIN_TRAIN_SEQUENCES, VAL_SEQUENCES = 10_000, 100_000, 1_000      # the first and last are the paper's
 DIGITS = "0123456789"
-ROUNDS, PLACES, DIGIT_SHARE = 5, 6, 0.2         # chain: rounds, places per round, probability of a digit in a place
+ROUNDS, PLACES, DIGIT_SHARE = 5, 6, 0.2         # chain: rounds, places per round, probability that a place is a digit
 LETTERS = string.ascii_letters[:(ROUNDS - 1) * PLACES]      # one letter per place, except in the last round
 
 
@@ -40,8 +40,8 @@ LETTERS = string.ascii_letters[:(ROUNDS - 1) * PLACES]      # one letter per pla
 class Data:
     """
     An encoded corpus: token i is the character vocab[i]. `splits` maps "train", "val" and "test" to integer tensors.
-    For a text, a split is one stream of tokens (n,). For a task, it holds n pairs of idx and targets (n, 2, T), where
-    target -1 is not scored, and there is no test split. train.py never uses "test": keep it for a final result.
+    For a text, a split is one stream of tokens (n,). For a task, it holds n pairs of idx and targets (n, 2, T);
+    targets of -1 are not scored, and there is no test split. train.py never uses "test", so keep it for final results.
     """
     vocab: str
     splits: dict
@@ -49,14 +49,11 @@ class Data:
     new_tokens: int = 500       # how many tokens sample.py generates by default
     example: str = ""           # what sample.py --map shows by default
 
-    def to(self, device):
-        self.splits = {split: tokens.to(device) for split, tokens in self.splits.items()}
-
     def check_block_size(self, block_size):
         """Raise ValueError if a task's sequences exceed block_size or the validation split is shorter than a window."""
         tokens = self.splits["val"]
         if tokens.dim() == 3 and tokens.size(2) > block_size:
-            raise ValueError(f"the sequences have {tokens.size(2)} tokens: --block_size must be at least that")
+            raise ValueError(f"--block_size must be at least {tokens.size(2)}, the length of the sequences")
         if tokens.dim() == 1 and len(tokens) <= block_size:
             raise ValueError(f"the validation split has only {len(tokens)} characters: use a longer text or a smaller "
                              f"--block_size")
@@ -96,8 +93,8 @@ def fetch(name):
         socket.setdefaulttimeout(TIMEOUT)
         try:
             torch.hub.download_url_to_file(url, path, hash_prefix=sha256)
-        except (OSError, RuntimeError) as error:        # no network; a wrong or truncated file
-            raise OSError(f"cannot download {url} ({error}): put the file at {path}") from None
+        except Exception as error:      # no network, a broken answer, a wrong or truncated file
+            raise OSError(f"cannot download {url} ({error}); download it yourself and save it as {path}") from None
     if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         raise ValueError(f"{path} is not the expected file: delete it to download it again")
     return path
@@ -106,7 +103,7 @@ def fetch(name):
 def text_data(text, split=None):
     """
     Encode a text, with its sorted characters as the vocabulary, and split it into train, validation and test. `split`
-    gives the two positions at which it is split; by default the parts are 80%, 10% and 10%.
+    gives the two positions at which the text is split; by default the parts are 80%, 10% and 10%.
     """
     vocab = "".join(sorted(set(text)))
     if len(vocab) < 2:
@@ -142,10 +139,10 @@ def copy_or_sort(name):
 
 def chain():
     """
-    A task that needs depth: 5 rounds of 6 places. In round 0 every place holds a digit, later a digit or a letter that
-    names a place in the previous round. The target at each place is the digit at the end of its chain of letters, so
-    each hop (following one letter) depends on the one before. No digit or letter occurs twice within a round, so
-    chains never merge.
+    A task that needs depth: 5 rounds of 6 places. In round 0 every place holds a digit, in later rounds a digit or a
+    letter that points to a place in the previous round. The target at each place is the digit at the end of its chain
+    of letters, so each hop (following one letter) depends on the one before. No digit or letter occurs twice within a
+    round, so chains never merge.
     """
     rng = np.random.default_rng(0)
     n = CHAIN_TRAIN_SEQUENCES + VAL_SEQUENCES

@@ -2,7 +2,7 @@
 Inspect a trained model.
 
     python sample.py            generate text; the color of a character shows the depth at which it was predicted
-    python sample.py --map      show which token ran which block
+    python sample.py --map      show which tokens ran which blocks
 
 Only the checkpoint is needed: it holds the configuration, the vocabulary, the weights and an example text.
 """
@@ -41,11 +41,6 @@ def parse_args(argv):
     return parser.parse_args(argv)
 
 
-def find_checkpoint():
-    paths = sorted(Path("out").glob("*/ckpt.pt"), key=lambda path: path.stat().st_mtime)
-    return paths[-1] if paths else BUNDLED
-
-
 def is_colored():
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
@@ -66,7 +61,7 @@ def write_text(model, saved, idx, args, mode):
     ran, depth_sum, began = torch.zeros(L), 0, time.perf_counter()
     torch.manual_seed(args.seed)
     for idx_next, gates in generate(model, idx, n, args.temperature, args.top_k, mode):
-        c, depth = vocab[idx_next.item()], gates.sum().item()      # switches: blocks run; scales: their sum
+        c, depth = vocab[idx_next.item()], gates.sum().item()      # for switches, the number of blocks that ran
         ran += (gates[:, 0] != 0).cpu()
         depth_sum += depth
         digits += str(min(round(depth), 9))
@@ -99,13 +94,13 @@ def write_map(model, saved, idx, mode):
 def main(argv=None):
     args = parse_args(argv)
     device = pick_device(args.device)
-    path = args.ckpt or find_checkpoint()
+    path = args.ckpt or max(Path("out").glob("*/ckpt.pt"), key=os.path.getmtime, default=BUNDLED)
     model, saved = load_checkpoint(path, device)
     mode = args.mode or default_mode(model.config)
-    shows_map = args.map or not saved["new_tokens"]        # a chain is answered in place; nothing is generated
+    shows_map = args.map or not saved["new_tokens"]        # a chain is answered in place, without generation
     prompt = (saved["example"] if shows_map else saved["prompt"]) if args.prompt is None else args.prompt
     if not prompt:
-        sys.exit("sample.py: --prompt is empty; give at least one character, or leave it out")
+        sys.exit("sample.py: --prompt is empty; give at least one character, or leave out the flag")
     try:
         idx = torch.tensor([data.encode(prompt, saved["vocab"])], device=device)           # (1, T)
     except ValueError as error:

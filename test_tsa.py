@@ -34,7 +34,6 @@ from tsa import GATES, KV, MODELS, Block, Config, Halt, Router, build, generate,
 
 HERE = Path(__file__).resolve().parent
 torch.set_num_threads(1)        # faster for models this small
-SYNTHETIC = dict(vocab_size=32, block_size=64, n_head=4, n_embd=128)
 
 
 def tiny(model="tsa", seed=0, **settings):
@@ -95,7 +94,7 @@ def finished(run_train, tmp_path):
 
 @pytest.fixture
 def run_sample(finished, capsys):
-    """A function that runs sample.py on that run and returns what it writes to stdout and to stderr."""
+    """A function that runs sample.py on the finished run and returns what it writes to stdout and to stderr."""
     def call(*flags):
         capsys.readouterr()
         assert run(sample, "--device", "cpu", "--ckpt", finished / "ckpt.pt", *flags) == 0
@@ -103,13 +102,9 @@ def run_sample(finished, capsys):
     return call
 
 
-def saved_at(folder):
-    return torch.load(folder / "ckpt.pt", weights_only=True)
-
-
 def refused(capsys, end, *words):
     """Assert a user error: one line on stderr that contains these words, and a nonzero exit status."""
-    line = capsys.readouterr().err if end == 2 else str(end)       # argparse prints it itself
+    line = capsys.readouterr().err if end == 2 else str(end)       # argparse prints the message itself
     assert end != 0 and line.strip().count("\n") == 0, line
     assert all(word in line for word in words), line
 
@@ -121,7 +116,6 @@ def refused(capsys, end, *words):
     (dict(model="dense"), 4_782_336), (dict(model="tsa"), 4_864_901), (dict(model="exit"), 4_784_896),
     (dict(model="dense", vocab_size=6064, block_size=256), 6_350_848),
     (dict(model="tsa", vocab_size=6064, block_size=256), 6_433_413),
-    (dict(model="dense", **SYNTHETIC), 1_199_104), (dict(model="tsa", **SYNTHETIC), 1_219_909),
 ])
 def test_parameter_counts_are_the_papers(settings, expected):
     """A missing bias or an untied head would make this a different architecture from the one whose results we check."""
@@ -253,7 +247,7 @@ def test_exit_trains_on_the_mean_of_all_exits():
 
 
 def test_exited_token_stops():
-    """The paper's code freezes only an exited token's logits. Here its x is frozen, and others attend to it."""
+    """The paper's code freezes only an exited token's logits. Here its x is frozen too, and others attend to that x."""
     model, idx = tiny("exit", n_layer=5, threshold=0.4), tokens()
     logits, gates = masked(model, idx)
     x, running = model.wte(idx) + model.wpe(torch.arange(16)), torch.ones(3, 16, dtype=torch.bool)
@@ -357,20 +351,11 @@ HARD = [dict(model="dense"), dict(model="tsa", gate="soft"), dict(model="tsa", g
 
 
 @pytest.mark.parametrize("settings", HARD)
-def test_executed_model_equals_masked_model(settings):
-    """With its own gates, and in float64 so that rounding flips none of them."""
-    model, idx = tiny(**settings).double(), tokens()
-    (reference, masks), (logits, gates) = masked(model, idx), model(idx, "executed")
-    torch.testing.assert_close(reference, logits, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(masks, gates, rtol=1e-6, atol=1e-6)
-    assert gates.dtype == torch.float32 and gates[0].eq(1).all()
-    if settings["model"] != "dense":
-        assert 0 < (gates > 0).double().mean() < 1
-
-
-@pytest.mark.parametrize("settings", HARD)
 def test_cached_text_is_that_of_a_slow_loop(settings):
-    """Also past the end of the context, and for one sequence, or two whose tokens skip different blocks."""
+    """
+    A cache and a gathered block must not change the text, even past the end of the context, for one sequence or for two
+    whose tokens skip different blocks. In float64, rounding changes no gate.
+    """
     model = tiny(**settings).double()
     for B, mode, temperature, top_k in [(2, "trained", 1.0, None), (2, "executed", 0.5, None), (1, "executed", 1.5, 3)]:
         torch.manual_seed(3)
@@ -381,12 +366,13 @@ def test_cached_text_is_that_of_a_slow_loop(settings):
             if window.size(1) > 16:
                 window = window[:, -8:]
             with torch.no_grad():
-                logits, all_gates = model(window, mode)
+                logits, all_gates = model(window) if mode == "trained" else masked(model, window)
             p, order = (logits[:, -1] / temperature).softmax(-1), logits[:, -1].argsort(-1, descending=True)
             if top_k is not None:
                 p = p.scatter(1, order[:, top_k:], 0)
             assert torch.equal(idx_next, torch.multinomial(p, 1))
             torch.testing.assert_close(gates, all_gates[:, :, -1], rtol=1e-6, atol=1e-6)
+            assert gates.dtype == torch.float32 and gates[0].eq(1).all()
             window = torch.cat([window, idx_next], 1)
 
 
@@ -429,7 +415,7 @@ def test_counted_multiply_adds_are_what_ran(settings, decode, monkeypatch):
             gates = model(idx, "executed")[1]
     ran = (gates != 0).double().mean((1, 2)).tolist()
     assert settings["model"] == "dense" or sum(ran) < 4
-    # While decoding, token t attends to t + 1 keys, while the formula uses the average over a full window, T / 2.
+    # In decoding, token t attends to t + 1 keys, but the formula uses the average over a full window, T / 2.
     products = sum(ran) * 16 * 16 if decode else 2 * 16 * sum(attended) / 16
     # Fused attention is left out: some versions of PyTorch count it, as if it were not causal, and some do not.
     products += sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op)) / 2 / 16
@@ -471,7 +457,7 @@ def test_the_papers_tasks_are_what_they_say(task):
 
 
 def test_target_of_a_chain_is_the_digit_that_the_letters_lead_to():
-    """Follow the letters one at a time: with wrong targets, a model could only guess."""
+    """With wrong targets a model could only guess, so this test follows the letters one at a time."""
     corpus = data.load("chain")
     idx, targets = corpus.windows("val", 30)
     assert idx.shape == (1000, 30) and len(corpus.splits["train"]) == 100_000
@@ -481,7 +467,7 @@ def test_target_of_a_chain_is_the_digit_that_the_letters_lead_to():
         for place in range(30):
             at = place
             while not text[at].isdigit():
-                assert data.LETTERS.index(text[at]) // 6 == at // 6 - 1        # a letter names a place one round before
+                assert data.LETTERS.index(text[at]) // 6 == at // 6 - 1        # one round before
                 at = data.LETTERS.index(text[at])
             assert corpus.vocab[target[place]] == text[at]
         letters = [c for c in text if c.isalpha()]
@@ -536,7 +522,7 @@ def test_bad_download_leaves_nothing_and_training_falls_back(offer, tmp_path, mo
         args = train.parse_args([])
         assert len(train.load_data(args).vocab) > 90 and args.data == "stdlib"
     line = capsys.readouterr().out
-    assert "put the file at" in line and "--data stdlib" in line and path.name in line and line.count("\n") == 1
+    assert "save it as" in line and "--data stdlib" in line and path.name in line and line.count("\n") == 1
     assert not list(path.parent.iterdir())
 
 
@@ -586,7 +572,7 @@ def test_result_is_the_score_of_the_checkpoint(finished, text_file):
     assert {path.name for path in finished.iterdir()} == {"ckpt.pt", "log.json", "result.json"}    # no .tmp
     assert saved["flags"].items() < result.items() and {"n_params", "vocab_size", "torch", "seconds"} < result.keys()
     idx, targets = (part.clone() for part in data.load(str(text_file)).windows("val", 16))
-    first = train.score(model, (idx[:64], targets[:64]))["val_loss_executed"]       # while training: 64 windows
+    first = train.score(model, (idx[:64], targets[:64]))["val_loss_executed"]       # during training
     assert log == saved["rows"] and log[-1]["val_loss_executed"] == pytest.approx(first) != result["val_loss_executed"]
     targets[:, :5] = -1             # unscored tokens count for the gates, but not for the loss
     model = tiny(vocab_size=len(vocab), gate="skip", threshold=0.8)
@@ -598,7 +584,7 @@ def test_result_is_the_score_of_the_checkpoint(finished, text_file):
 def test_run_equals_a_loop_written_out(run_train, text_file, tmp_path):
     """Ten steps of train.py match a loop with every setting spelled out: seeds, warm-up, cosine, decay, clip, lam."""
     assert run_train("--max_iters", 10, "--learning_rate", 0.02, "--warmup_iters", 4, "--lam", 0.3, "--seed", 5) == 0
-    trained = saved_at(tmp_path / "run")["model"]
+    trained = train.load_checkpoint(tmp_path / "run" / "ckpt.pt")[1]["model"]
     corpus = data.load(str(text_file))
 
     def seed(step):
@@ -645,7 +631,7 @@ def test_defaults_are_those_of_preset_task_and_model():
 
 
 def test_interrupted_run_resumes_to_the_bit(run_train, tmp_path, monkeypatch):
-    """After Ctrl-C, even while a checkpoint is being saved, --resume gives the results of an undisturbed run."""
+    """After Ctrl-C, even while a checkpoint is being saved, --resume gives the results of an uninterrupted run."""
     flags, write = ["--max_iters", 50, "--eval_interval", 20, "--dropout", 0.1], torch.save
     assert run_train(*flags, "--out_dir", tmp_path / "whole") == 0
 
@@ -658,13 +644,13 @@ def test_interrupted_run_resumes_to_the_bit(run_train, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", interrupted)
         message = run_train(*flags)
-    assert "--resume" in message and str(tmp_path / "run" / "ckpt.pt") in message
-    assert saved_at(tmp_path / "run")["step"] == 20
-    assert run(train, "--resume", tmp_path / "run", "--device", "cpu") == 0
-    a, b = saved_at(tmp_path / "whole"), saved_at(tmp_path / "run")
-    assert a["step"] == b["step"] == 50 and len(a["rows"]) == 3
+    assert message.endswith(f"--resume {tmp_path / 'run'}")
+    assert train.load_checkpoint(tmp_path / "run" / "ckpt.pt")[1]["step"] == 20
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)       # the run's own device is used all the same
+    assert run(train, "--resume", tmp_path / "run") == 0
+    a, b = (train.load_checkpoint(tmp_path / name / "ckpt.pt")[1] for name in ("whole", "run"))
+    assert a["step"] == b["step"] == 50 and len(a["rows"]) == 3 and a["rows"] == b["rows"]
     assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
-    assert [row | {"tokens_per_s": 0} for row in a["rows"]] == [row | {"tokens_per_s": 0} for row in b["rows"]]
 
 
 @pytest.mark.parametrize("flags, weights", [(["--model", "halt"], (0.25, 0.5, 0.5)), (["--gate", "soft"], (0.5,) * 3),
@@ -672,7 +658,7 @@ def test_interrupted_run_resumes_to_the_bit(run_train, tmp_path, monkeypatch):
 def test_depth_penalty_rises_over_its_share_of_training(run_train, tmp_path, flags, weights):
     """With the full penalty, no block pays off early in training, so every token would halt. The paper has no ramp."""
     assert run_train(*flags, "--lam", 0.5, "--max_iters", 80, "--eval_interval", 20) == 0
-    for row, lam in zip(saved_at(tmp_path / "run")["rows"], weights):
+    for row, lam in zip(train.load_checkpoint(tmp_path / "run" / "ckpt.pt")[1]["rows"], weights):
         assert row["loss"] == pytest.approx(row["task_loss"] + lam * row["depth"], abs=1e-5) and row["lam"] == lam
 
 
@@ -683,7 +669,7 @@ def test_task_trains_on_its_own_sequences_in_bfloat16(run_train, monkeypatch, mo
 
     def watched(self, idx, targets):
         assert self.training and torch.is_autocast_enabled("cpu") and self(idx)[0].dtype == torch.float32
-        assert not torch.backends.cuda.flash_sdp_enabled()      # it would train slowly here
+        assert not torch.backends.cuda.flash_sdp_enabled()      # training with it would be slow here
         seen.extend(zip(idx.tolist(), targets.tolist()))
         return loss(self, idx, targets)
 
@@ -695,17 +681,18 @@ def test_task_trains_on_its_own_sequences_in_bfloat16(run_train, monkeypatch, mo
     assert all(list(pair) in known for pair in seen[:4] + seen[-4:])
 
 
+@pytest.mark.parametrize("step", [13, 20])      # the program looks only at step 20
 @pytest.mark.parametrize("spoil", [
     lambda loss, weight: loss * math.inf,
     lambda loss, weight: loss + (0 * weight).sum().sqrt()])     # infinite slope at 0: a finite loss, a nan gradient
-def test_infinite_loss_or_gradient_stops_the_run_and_keeps_the_checkpoint(run_train, tmp_path, monkeypatch, spoil):
-    """A diverged run must not overwrite the weights that were still good."""
+def test_diverged_run_stops_and_keeps_its_checkpoint(run_train, tmp_path, monkeypatch, spoil, step):
+    """Weights that are not finite must not overwrite those that were still good."""
     original, calls = MODELS["tsa"].loss, []
 
     def spoiled(self, idx, targets):
         calls.append(None)
         loss, gates = original(self, idx, targets)
-        return (spoil(loss, self.wpe.weight) if len(calls) == 20 else loss), gates
+        return (spoil(loss, self.wpe.weight) if len(calls) == step else loss), gates
 
     monkeypatch.setattr(MODELS["tsa"], "loss", spoiled)
     end = run_train("--max_iters", 60, "--eval_interval", 10)
@@ -737,15 +724,16 @@ def test_bad_text_is_one_line(run_train, text_file, tmp_path, capsys, content, w
     (["--n_head", 3], ["n_head 3", "n_embd 16"]), (["--n_layer", 1], ["n_layer"]), (["--device", "abacus"], ["abacus"]),
     (["--model", "dense", "--lam", 1], ["--lam"]), (["--data", "copy"], ["--block_size"]),
     (["--bogus", 1], ["--bogus"]), (["--gate", "ajar"], ["--gate", "soft"]), (["--seed", "many"], ["many"]),
-    (["--n_layer", 0], ["--n_layer"]),
-    (["--n_embd", -1], ["--n_embd"]), (["--batch_size", 0], ["--batch_size"]), (["--max_iters", -1], ["--max_iters"]),
+    (["--n_layer", 0], ["--n_layer"]), (["--n_embd", -1], ["--n_embd"]),
+    (["--batch_size", 0], ["--batch_size"]), (["--max_iters", -1], ["--max_iters"]),
     (["--model", "halt", "--gate", "soft"], ["--gate"]), (["--data", "no/such/file"], ["no/such/file"]),
     (["--model", "exit", "--n_layer", 2], ["n_layer 3"]), (["--resume", "."], ["no other flag"]),
-    (["--dropout", 2], ["dropout"]),
+    (["--dropout", 2], ["dropout"]), (["--learning_rate", "nan"], ["learning rate"]), (["--seed", -1], ["negative"]),
 ])
-def test_bad_flags_are_one_line(run_train, capsys, flags, words):
-    """An invalid flag or value is reported by name."""
+def test_bad_flags_are_one_line(run_train, tmp_path, capsys, flags, words):
+    """An invalid flag or value is reported by name, and no folder is left behind."""
     refused(capsys, run_train(*flags), *words)
+    assert not (tmp_path / "run").exists()
 
 
 def test_device_is_tried_before_it_is_used(monkeypatch):
@@ -767,7 +755,7 @@ def test_new_run_gets_a_new_folder_and_overwrites_nothing(finished, run_train, t
     text_file.write_text(text_file.read_text().upper())
     refused(capsys, run(train, "--resume", finished, "--device", "cpu"), "characters")
     assert (finished / "ckpt.pt").read_bytes() == before
-    (finished / "ckpt.pt").unlink()         # to save space, say; its result is still wanted
+    (finished / "ckpt.pt").unlink()         # for example to save space; the result must stay
     refused(capsys, run_train("--max_iters", 1), "already contains a run")
     monkeypatch.chdir(tmp_path)
     folders = []
@@ -778,13 +766,15 @@ def test_new_run_gets_a_new_folder_and_overwrites_nothing(finished, run_train, t
     assert train.new_folder(train.parse_args(["--model", "halt"])).as_posix() == "out/halt"
 
 
-def test_bad_checkpoint_is_one_line_and_runs_no_code(finished, tmp_path, capsys):
-    """A missing, truncated, empty or foreign file, and a pickle that would run code when it is loaded."""
+def test_bad_checkpoint_or_prompt_is_one_line_and_runs_no_code(finished, tmp_path, capsys):
+    """A missing, truncated, empty or foreign file, a pickle that would run code when it is loaded, and bad prompts."""
     class Bomb:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "exploded"),)
 
     path = finished / "ckpt.pt"
+    for prompt, word in (("The §", "'\\xa7'"), ("", "empty")):        # readable even in a plain-ASCII terminal
+        refused(capsys, run(sample, "--device", "cpu", "--ckpt", path, "--prompt", prompt), word)
     whole = path.read_bytes()
     for content in (whole[:-100], b"", Bomb(), {"model": {}}, [1, 2]):
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
@@ -797,14 +787,8 @@ def test_bad_checkpoint_is_one_line_and_runs_no_code(finished, tmp_path, capsys)
 # ----------------------------------------------------------------------------------------------------------------
 # sample.py
 
-@pytest.mark.parametrize("prompt, word", [("The §", "'\\xa7'"), ("", "empty")])
-def test_bad_prompt_is_one_line(finished, capsys, prompt, word):
-    """Not a KeyError: the line names the characters, even in a plain-ASCII terminal."""
-    refused(capsys, run(sample, "--device", "cpu", "--ckpt", finished / "ckpt.pt", "--prompt", prompt), word)
-
-
 def test_depth_shows_as_color_or_digit(finished, run_sample, monkeypatch):
-    """In a terminal each character has the color of its depth; in a pipe, or with NO_COLOR, a digit is below it."""
+    """In a terminal each character has the color of its depth; in a pipe, or with NO_COLOR, a digit below it."""
     flags = ["--prompt", "The", "--max_new_tokens", 30, "--mode", "executed"]
     model, saved = train.load_checkpoint(finished / "ckpt.pt")
     torch.manual_seed(0)
@@ -846,7 +830,7 @@ def test_sampling_skips_unless_the_gates_are_soft(run_sample):
 
 @pytest.mark.parametrize("mode", tsa.MODES)
 def test_map_shows_each_gate(finished, run_sample, monkeypatch, mode):
-    """A row per block, the last on top, a column per token; wrapped to the width; in color only in a terminal."""
+    """One row per block, the last on top, and one column per token, wrapped to the width; in color on a terminal."""
     model, saved = train.load_checkpoint(finished / "ckpt.pt")
     prompt = "lazy dog.\nThe q"
     gates = model(torch.tensor([data.encode(prompt, saved["vocab"])]), mode)[1][:, 0]
@@ -862,7 +846,7 @@ def test_map_shows_each_gate(finished, run_sample, monkeypatch, mode):
 
 
 def test_both_programs_run_as_programs(text_file, tmp_path):
-    """As a user starts them, from another folder, with a plain-ASCII terminal: train, then sample the newest run."""
+    """A user may start them from another folder and in a plain-ASCII terminal; sample.py finds the newest run."""
     def start(program, *flags):
         environment = os.environ | {"PYTHONIOENCODING": "ascii:strict", "CUDA_VISIBLE_DEVICES": ""}
         return subprocess.run([sys.executable, str(HERE / program), "--device", "cpu", *flags], cwd=tmp_path,
@@ -875,15 +859,13 @@ def test_both_programs_run_as_programs(text_file, tmp_path):
     assert done.returncode == 0 and "validation loss" in done.stdout, done.stderr
     done = start("sample.py", "--max_new_tokens", "40", "--temperature", "0", "--prompt", "h")
     assert done.returncode == 0 and done.stdout.startswith("h") and "tsa-soft" in done.stderr, done.stderr
-    done = start("train.py", "--data", "nowhere")
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # report/
 
 def test_scores_of_report_are_those_of_training(finished, text_file):
-    """Tables mix rows of both, and a sweep must not confuse one threshold with another."""
+    """The tables mix rows of depth.py and train.py, and a sweep must not confuse one threshold with another."""
     assert run(depth, finished / "ckpt.pt", "--device", "cpu", "--threshold", 0.5, 0.2) == 0
     assert run(depth, finished / "ckpt.pt", "--device", "cpu", "--gate", "skip", "--threshold", 0.6) == 0
     rows, result = (json.loads((finished / name).read_text()) for name in ("scores.json", "result.json"))
@@ -922,7 +904,7 @@ def test_permuted_gates_keep_tokens_whole_and_in_place():
 
 
 def test_chains_are_scored_by_hops():
-    """If hops were wrong, or right and wrong answers were swapped, depth against hops would mean nothing."""
+    """If hops were wrong, or right and wrong answers were swapped, the table of depth by hops would mean nothing."""
     idx, _ = data.load("chain").windows("val", 30, 50)
     hops = depth.hops_of(idx)
     for row, counted in zip(idx.tolist(), hops.tolist()):
@@ -933,6 +915,9 @@ def test_chains_are_scored_by_hops():
     gates = (torch.arange(4).view(4, 1, 1) <= hops).float()         # depth is hops + 1
     rows = depth.by_hops(idx, hops < 3, gates)
     assert [row["accuracy"] for row in rows] == [1, 1, 1, 0, 0] and [row["needed"] for row in rows] == [1, 1, 2, 2, 3]
+    assert all(row["early"] == 0 for row in rows)
+    early = depth.by_hops(idx, hops < 4, gates[:2])[4]      # at most 2 blocks, where 3 suffice
+    assert early["early"] == early["n"] > 0 == early["early_right"]
     assert [row["used"] for row in rows] == [1, 2, 3, 4, 4] and sum(row["n"] for row in rows) == 50 * 30
 
 

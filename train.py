@@ -1,9 +1,9 @@
 """
 Train and evaluate a model: python train.py
 
-In order: defaults and flags, device, checkpoints, evaluation, and `train`, the whole run in one function. Each step's
-random numbers depend only on (seed, step), so a resumed run is bit-identical to one that was never interrupted, and
-evaluation does not affect training.
+This file contains the defaults and flags, the device, checkpoints, evaluation, and `train`, the whole run in one
+function. Each step's random numbers depend only on (seed, step), so a resumed run is bit-identical to one that was
+never interrupted, and evaluation does not affect training.
 """
 import argparse
 import contextlib
@@ -80,21 +80,22 @@ def parse_args(argv):
     add("--learning_rate", type=float, help="peak learning rate; cosine decay to 10%%")
     add("--warmup_iters", type=int, help="steps of linear warm-up")
     add("--seed", type=int, default=0, help="random seed")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, mps ...; auto: the best one available")
+    add("--device", default="auto",
+        help="cpu, cuda, cuda:1, mps ...; auto: the best one available, or with --resume the one that the run used")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
         help="dtype of the forward pass in training; auto: bfloat16 if the hardware supports it")
     add("--compile", action="store_true", help="compile the loss with torch.compile")
     add("--eval_interval", type=positive_int, help="steps between evaluations, each of which saves a checkpoint")
-    add("--out_dir", help="output folder; by default a new one under out/")
-    add("--resume", metavar="DIR", help="continue the run in DIR with its own flags; only --device may be added")
+    add("--out_dir", type=Path, help="output folder; by default a new one under out/")
+    add("--resume", type=Path, metavar="DIR",
+        help="continue the run in DIR with its own flags; only --device may be added")
 
     # The defaults depend on preset, task and model, so parse twice. --help is left to the second pass.
     chosen = parser.parse_known_args([arg for arg in argv if arg not in ("-h", "--help")])[0]
     if chosen.resume:
-        given = {arg.split("=")[0] for arg in argv if arg.startswith("--")}
-        if not given <= {"--resume", "--device"}:
+        if {arg.split("=")[0] for arg in argv if arg.startswith("-")} - {"--resume", "--device"}:
             parser.error("--resume uses the flags of the run itself: no other flag except --device is allowed")
-        return chosen
+        return parser.parse_args(argv)
     defaults = PRESETS[chosen.preset] | TASK_DEFAULTS.get(chosen.data, {}) | MODEL_DEFAULTS[chosen.model]
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
@@ -105,7 +106,7 @@ def parse_args(argv):
 
 
 def pick_device(name):
-    """Return the named device, or the best available for "auto"; exit if it does not work."""
+    """Return the named device, or the best one available if the name is "auto"; exit if the device does not work."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -218,10 +219,10 @@ def schedule(step, warmup_iters, max_iters):
 def new_folder(args):
     """The folder of a new run: --out_dir, or the first of out/tsa-soft, out/tsa-soft-2, ... that does not exist."""
     if args.out_dir:
-        folder = Path(args.out_dir)
-        if (folder / "ckpt.pt").exists() or (folder / "result.json").exists():
-            sys.exit(f"{folder} already contains a run: continue it with --resume {folder}, or use another --out_dir")
-        return folder
+        if (args.out_dir / "ckpt.pt").exists() or (args.out_dir / "result.json").exists():
+            sys.exit(f"{args.out_dir} already contains a run: continue it with --resume {args.out_dir}, or use another "
+                     f"--out_dir")
+        return args.out_dir
     name = f"out/{args.model}-{args.gate}" if args.gate else f"out/{args.model}"
     folders = (Path(name if n == 1 else f"{name}-{n}") for n in itertools.count(1))
     return next(folder for folder in folders if not folder.exists())
@@ -231,60 +232,58 @@ def load_data(args):
     try:
         return data.load(args.data)
     except (OSError, ValueError) as error:
-        if args.data != "shakespeare":
+        if args.data != "shakespeare" or args.resume:
             sys.exit(f"--data {args.data}: {error}")
         print(f"{error}. Training on the sources of Python's standard library instead (--data stdlib).")
         args.data = "stdlib"
-        return data.load("stdlib")
+        return load_data(args)
 
 
 def train(args):
     keep_freed_memory()
-    device = pick_device(args.device)
 
-    # Flags, text and model, either new or from the checkpoint
+    # Flags, text, model and optimizer, either new or from the checkpoint
     if args.resume:
-        model, saved = load_checkpoint(Path(args.resume) / "ckpt.pt", device)
+        model, saved = load_checkpoint(args.resume / "ckpt.pt")
+        device = pick_device(saved["flags"]["device"] if args.device == "auto" else args.device)
         vars(args).update(saved["flags"], device=device, out_dir=args.resume)
         corpus = load_data(args)
         if corpus.vocab != saved["vocab"]:
             sys.exit(f"--data {args.data}: its characters have changed since this run started; restore the old text")
+        optimizer = make_optimizer(model.to(device), args.learning_rate)
+        optimizer.load_state_dict(saved["optimizer"])
     else:
         saved = {"step": 0, "seconds": 0.0, "rows": []}
+        device = args.device = pick_device(args.device)
         corpus = load_data(args)
-        args.device = device
         if args.dtype == "auto":
             args.dtype = "bfloat16" if supports_bfloat16(device) else "float32"
         fields = {name: value for name, value in vars(args).items()
                   if name in Config.__dataclass_fields__ and value is not None}
-        seed_step(args.seed, 0)
         try:
             corpus.check_block_size(args.block_size)
+            seed_step(args.seed, 0)
             model = build(Config(vocab_size=len(corpus.vocab), **fields)).to(device)
+            optimizer = make_optimizer(model, args.learning_rate)
         except ValueError as error:
             sys.exit(f"train.py: {error}")
         args.out_dir = new_folder(args)
-    out_dir, rows = Path(args.out_dir), saved["rows"]
+    out_dir, rows = args.out_dir, saved["rows"]
     out_dir.mkdir(parents=True, exist_ok=True)
     flags = {flag: value for flag, value in vars(args).items() if flag not in ("resume", "out_dir")}
     n_params = sum(parameter.numel() for parameter in model.parameters())
     print(*(f"{flag}={value}" for flag, value in flags.items() if value is not None))
     print(f"{n_params:,} parameters; results go to {out_dir}")
 
-    corpus.to(device)
+    corpus.splits = {split: tokens.to(device) for split, tokens in corpus.splits.items()}
     windows = corpus.windows("val", args.block_size, EVAL_WINDOWS)
-    optimizer = make_optimizer(model, args.learning_rate)
-    if args.resume:
-        optimizer.load_state_dict(saved["optimizer"])
     loss_of = torch.compile(model.loss) if args.compile else model.loss
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     attention_kernel = contextlib.nullcontext
-    if device == "cpu" and args.dtype == "bfloat16":        # the fused kernel is slower in training here
+    if device == "cpu" and args.dtype == "bfloat16":        # here the fused kernel trains more slowly
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)       # despite its name, this applies to CPUs too
         attention_kernel = functools.partial(sdpa_kernel, SDPBackend.MATH)
-    finite = torch.tensor(True, device=device)
-    began = lap = time.perf_counter()
-    lap_step = saved["step"]
+    began = time.perf_counter()
 
     for step in range(saved["step"] + 1, args.max_iters + 1):
         model.train()       # evaluation leaves it in eval mode
@@ -302,24 +301,22 @@ def train(args):
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        finite &= torch.isfinite(loss + norm)
 
         evaluates = step % args.eval_interval == 0 or step == args.max_iters
         if evaluates or step % LOG_INTERVAL == 0:
-            if not finite:      # checked only here, to avoid a GPU sync in every step
+            # A nan stays in the weights, so checking only here misses none and avoids a GPU sync in every step.
+            if not torch.isfinite(loss + norm):
                 sys.exit(f"the loss or its gradient was not finite at some step up to {step}: start again with a lower "
                          f"--learning_rate")
-            seconds = time.perf_counter() - began
-            left = int(seconds / (step - saved["step"]) * (args.max_iters - step))
+            per_step = (time.perf_counter() - began) / (step - saved["step"])      # seconds, including evaluation
+            left = int(per_step * (args.max_iters - step))
             by_block = gates.detach().mean((1, 2)).tolist()
             row = {"step": step, "loss": loss.item(), "task_loss": task.item(), "lam": lam,
-                   "depth": sum(by_block[1:]) / max(len(by_block) - 1, 1),
-                   "tokens_per_s": round((step - lap_step) * idx.numel() / (time.perf_counter() - lap))}
+                   "depth": sum(by_block[1:]) / max(len(by_block) - 1, 1)}
             penalty = "= task {task_loss:.4f} + {lam:.3g} * mean gate {depth:.4f}  ".format(**row)
             print(f"step {step}/{args.max_iters}  loss {row['loss']:.4f}", (penalty if lam else "") + "gates",
                   *(f"{gate:.2f}" for gate in by_block[1:]),
-                  f" {row['tokens_per_s'] / 1000:.0f}k tok/s  {left // 60}:{left % 60:02d} left")
-            lap, lap_step = time.perf_counter(), step
+                  f" {idx.numel() / per_step / 1000:.0f}k tok/s  {left // 60}:{left % 60:02d} left")
         if evaluates:
             row |= score(model, windows)
             rows.append(row)
@@ -330,7 +327,6 @@ def train(args):
                             optimizer=optimizer.state_dict())
             save(out_dir / "ckpt.pt", contents, torch.save)
             save(out_dir / "log.json", rows, write_json)
-            lap = time.perf_counter()
 
     windows = corpus.windows("val", args.block_size)
     print(f"scoring the whole validation split ({windows[0].numel():,} tokens)")
@@ -351,9 +347,9 @@ def main(argv=None):
     try:
         train(args)
     except KeyboardInterrupt:
-        path = Path(args.out_dir or "") / "ckpt.pt"
-        if path.exists():
-            sys.exit(f"\nstopped. To continue from {path}: python train.py --resume {path.parent}")
+        folder = args.resume or args.out_dir
+        if folder and (folder / "ckpt.pt").exists():
+            sys.exit(f"\nstopped. To continue from the last checkpoint: python train.py --resume {folder}")
         sys.exit("\nstopped before the first checkpoint")
 
 

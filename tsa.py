@@ -1,8 +1,8 @@
 """
-Token-Selective Attention: a character transformer in which a router decides for each token which blocks it runs.
+Token-Selective Attention: a character-level transformer in which a router decides for each token which blocks it runs.
 
 A from-scratch implementation of "Adaptive Computation Depth via Learned Token Routing in Transformers" (arXiv
-2605.05222). The idea is to give each token a gate for each block. It scales both updates of the token's state x:
+2605.05222). The idea is to give each token a gate for each block. The gate scales both updates of the token's state x:
 
     x = x + gate * attn(ln1(x))                                                       (1)
     x = x + gate * ffn(ln2(x))                                                        (2)
@@ -54,7 +54,8 @@ class Config:
             raise ValueError(f"unknown gate {self.gate!r}: choose one of {', '.join(GATES)}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
-        least = {"dense": 1, "exit": 3}.get(self.model, 2)      # all but dense need one to skip; exit runs two first
+        # Every model but dense needs a block that it can skip, and exit always runs its first two.
+        least = {"dense": 1, "exit": 3}.get(self.model, 2)
         if self.n_layer < least:
             raise ValueError(f"model {self.model!r} needs n_layer {least} or more")
 
@@ -116,13 +117,16 @@ class KV:
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention. Queries may come from only some tokens; keys and values come from all."""
+    """
+    Causal multi-head attention, without biases as in the paper. Queries may come from only some tokens; keys and values
+    come from all.
+    """
 
     def __init__(self, config):
         super().__init__()
         C = config.n_embd
         self.n_head, self.dropout = config.n_head, config.dropout
-        self.query = nn.Linear(C, C, bias=False)            # separate, because a token that skips needs no query
+        self.query = nn.Linear(C, C, bias=False)            # separate: a token that skips the block needs none
         self.key_value = nn.Linear(C, 2 * C, bias=False)
         self.proj = nn.Linear(C, C, bias=False)
         causal = torch.ones(config.block_size, config.block_size, dtype=torch.bool).tril()
@@ -149,7 +153,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """One hidden layer of width 4C with exact GELU: (..., C) -> (..., C)."""
+    """One hidden layer of width 4C with exact GELU, and dropout after both layers (paper): (..., C) -> (..., C)."""
 
     def __init__(self, config):
         super().__init__()
@@ -188,24 +192,23 @@ class Block(nn.Module):
     def gathered(self, x, gate, cache=None):
         """The result of forward, computed only for tokens whose gate is open: (B, T, C), (B, T) -> (B, T, C)."""
         assert not self.training, "dropout here would differ from forward's: use gathered only in eval mode"
-        n_open = gate.count_nonzero().item()
-        if n_open == gate.numel():      # nothing to skip; a bool gate does not scale anything either
+        is_open = gate != 0
+        if is_open.all():               # nothing to skip; a bool gate does not scale anything either
             return self(x, None if gate.dtype == torch.bool else gate, cache)
         h = self.ln1(x)
-        kv = self.attn.keys_values(h, cache)        # for all tokens, because others attend to closed ones too
-        if n_open == 0:
+        kv = self.attn.keys_values(h, cache)        # for all tokens, because even those that skip are attended to
+        n = is_open.sum(1).max().item()     # the largest number of open gates in any sequence
+        if n == 0:
             return x
-        # Gather n tokens from each sequence, where n is the largest number of open gates in any sequence. Each row of
-        # `at` lists the open tokens in order, then closed ones as padding, which have gate 0 and come back unchanged.
+        # Gather n tokens from each sequence. Each row of `at` lists the positions with open gates in order, then some
+        # with closed gates as padding. Padding comes back unchanged, because its gate is 0.
         #
         #     gate  0 1 1 0    at  1 2    gate.gather(1, at)  1 1
         #           1 0 0 0        0 1                        1 0    <- position 1 is padding
-        is_open = gate != 0
-        n = is_open.sum(1).max().item()
         at = is_open.int().argsort(dim=1, descending=True, stable=True)[:, :n]             # (B, n) distinct positions
         pick = at.unsqueeze(-1).expand(-1, -1, x.size(-1))                                 # (B, n, C)
         y, g = x.gather(1, pick), gate.gather(1, at).to(x.dtype).unsqueeze(-1)             # (B, n, C), (B, n, 1)
-        # With `at`, attn selects these rows of the causal mask. One token (T = 1), the newest, needs no mask.
+        # `at` selects rows of the causal mask. A single token (T = 1) is the newest one and needs no mask.
         y = y + g * self.attn(h.gather(1, pick), kv, at if x.size(1) > 1 else None)        # equation (1)
         y = y + g * self.ffn(self.ln2(y))                                                  # equation (2)
         return x.scatter(1, pick, y)
@@ -293,9 +296,10 @@ class TSA(Transformer):
 
 class Exit(Transformer):
     """
-    Early exit (Elbayad et al. 2020, arXiv 1910.10073). Training predicts after every block, with a LayerNorm per block
-    and the tied head. At inference a token exits as soon as its largest softmax probability exceeds the threshold, but
-    not before block 1 has run. Its prediction uses the LayerNorm of the block after which it exits.
+    Early exit (Elbayad et al. 2020, arXiv 1910.10073), the paper's baseline. Training predicts after every block, with
+    a LayerNorm per block and the tied head. At inference a token exits as soon as its largest softmax probability
+    exceeds the threshold, but never before block 1 has run. Its prediction uses the LayerNorm of the block after which
+    it exits. As in the paper, every token runs all blocks in training, with nothing frozen.
     """
 
     def __init__(self, config):
@@ -333,13 +337,12 @@ class Halt(Transformer):
 
         HALT_SHARE  * sum over l of survive_l p_l CE_l      predict well at the block where the token halts
       + EVERY_SHARE * mean of CE_l over l > 0               train the blocks that few tokens reach
-      + LAST_SHARE  * CE_{L-1}                              keep tokens from halting immediately
+      + LAST_SHARE  * CE_{L-1}                              make the late blocks worth reaching
       - BARRIER     * sum over l < L-1 of log(p_l (1-p_l))  keep p from sticking at 0 or 1
       + lam         * mean of survive_l over l > 0          depth penalty (added in train.py)                   (5)
 
     The first three terms are means over the scored tokens, the last two over all tokens.
-    The first term is the expected loss of PonderNet (Banino et al. 2021, arXiv 2107.05407). Gates scale nothing here:
-    the routers learn where to stop, not how much to add.
+    The first term is the expected loss of PonderNet (Banino et al. 2021, arXiv 2107.05407).
     """
     HALT_SHARE, EVERY_SHARE, LAST_SHARE, BARRIER = 0.2, 0.05, 0.75, 1e-4
 
@@ -354,7 +357,7 @@ class Halt(Transformer):
         return continues if gate is None else gate & continues
 
     def all_depths(self, idx, cache=None):
-        """Run as in training and yield, per block, its output x (B, T, C), survive (B, T) and router logit (B, T)."""
+        """Run as in training and yield, for each block, its output x (B, T, C), survive and the logit of p (B, T)."""
         x = self.embed(idx, cache)
         # In training every token runs all blocks, even past the point where it would halt, so that every depth gets a
         # loss. Keys and values are computed from `frozen`, the token's x at that point, as they are at inference.
@@ -378,15 +381,18 @@ class Halt(Transformer):
 
     def loss(self, idx, targets):
         """Equation (5) without its last line, which train.py adds; the gates are survive (L, B, T)."""
-        L, total, barrier, survives = self.config.n_layer, 0, 0, []
+        L, total, log_p, survives = self.config.n_layer, 0, 0, []
         for l, (x, survive, logit) in enumerate(self.all_depths(idx)):
             weight = self.HALT_SHARE * survive * torch.sigmoid(logit)
-            weight = weight + self.EVERY_SHARE / (L - 1) * (l > 0) + self.LAST_SHARE * (l == L - 1)
+            if l > 0:
+                weight = weight + self.EVERY_SHARE / (L - 1)
+            if l == L - 1:
+                weight = weight + self.LAST_SHARE
+            else:       # log(p (1 - p)), computed from the logit because p may round to 0 or 1
+                log_p = log_p + (F.logsigmoid(logit) + F.logsigmoid(-logit)).mean()
             total = total + (weight * token_loss(self.head(self.ln_f(x)), targets)).sum()
-            if l < L - 1:       # log p + log(1 - p), computed from the logit because p may round to 0 or 1
-                barrier = barrier - (F.logsigmoid(logit) + F.logsigmoid(-logit)).mean()
             survives.append(survive)
-        return total / (targets >= 0).sum() + self.BARRIER * barrier, torch.stack(survives)
+        return total / (targets >= 0).sum() - self.BARRIER * log_p, torch.stack(survives)
 
 
 MODELS = {"dense": Transformer, "tsa": TSA, "exit": Exit, "halt": Halt}
@@ -400,7 +406,7 @@ def build(config):
 # Generation
 
 def default_mode(config):
-    """The mode "executed", except for the paper's soft gate, because its thresholded model was never trained."""
+    """Return "executed", or "trained" for the soft gate, because no model was trained with thresholded soft gates."""
     return "trained" if config.model == "tsa" and config.gate == "soft" else "executed"
 
 
