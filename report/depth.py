@@ -70,13 +70,18 @@ def hops_of(idx):
 
 def by_hops(idx, right, gates):
     """
-    One row per number of hops: number of tokens, accuracy, blocks used and blocks needed. A token that is looked up
-    may itself have looked up another, so the reach doubles with each block: l blocks follow up to 2^l - 1 hops.
+    One row per number of hops: number of tokens, accuracy, blocks used and blocks that suffice, and how many tokens ran
+    fewer than that, and how many of these were correct. A token that is looked up may itself have looked up another, so
+    the reach doubles with each block: l blocks follow up to 2^l - 1 hops.
     """
-    hops = hops_of(idx)
-    return [{"hops": h, "n": (hops == h).sum().item(), "accuracy": right[hops == h].float().mean().item(),
-             "used": gates.sum(0)[hops == h].mean().item(), "needed": max(1, math.ceil(math.log2(h + 1)))}
-            for h in hops.unique().tolist()]
+    hops, used, rows = hops_of(idx), gates.sum(0), []
+    for h in hops.unique().tolist():
+        here, needed = hops == h, max(1, math.ceil(math.log2(h + 1)))
+        early = here & (used < needed)
+        rows.append({"hops": h, "n": here.sum().item(), "accuracy": right[here].float().mean().item(),
+                     "used": used[here].mean().item(), "needed": needed,
+                     "early": early.sum().item(), "early_right": right[early].sum().item()})
+    return rows
 
 
 def score(model, windows, is_chain):
@@ -126,7 +131,8 @@ def main(argv=None):
         print(*(f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
                 if key not in ("ran", "hops")))
         for line in row.get("hops", []):
-            print("  {hops} hops: accuracy {accuracy:.4f}, blocks needed {needed}, used {used:.2f}".format(**line))
+            print("  {hops} hops: accuracy {accuracy:.4f}, {used:.2f} blocks used, {needed} suffice; {early} of {n} used "
+                  "fewer, {early_right} of these correctly".format(**line))
     save(path, rows, write_json)
 
 
