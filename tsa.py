@@ -12,16 +12,17 @@ After every block but the last, a router computes from x the probability p that 
     p = sigmoid(W2 relu(W1 x + b1) + b2)                                              (3)
     gate = 1 - p                                                                      (4)
 
-A gate is either a scale (a float tensor) or a switch (a bool tensor). If it is 0 or False it is closed, and the token
-skips the block and keeps its x; otherwise it is open. Other tokens still attend to the token's keys and values, so a
-skipped block is cheap, but not free.
+A gate is either a scale (a float tensor) or a switch (a bool tensor). A token's gate is closed if it is 0 or False;
+then the token skips the block and keeps its x. Otherwise the gate is open. Other tokens still attend to the token's
+keys and values, so a skipped block is cheap, but not free.
 
 A model runs in one of two modes:
 
-    "trained"     applies the training gates and computes every block for every token
+    "trained"     applies the training gates (exit and halt have none) and computes every block for every token
     "executed"    applies the inference gates and computes a block only for the tokens whose gate is open
 
-Shapes: B sequences of T tokens, C = n_embd channels, nh heads of size hs = C / nh, V characters, L blocks.
+Shapes: B sequences of T tokens, C = n_embd channels, nh heads of size hs = C / nh, V characters, L blocks; S tokens in
+the KV cache, n tokens that run a block.
 """
 from dataclasses import dataclass, replace
 
@@ -54,7 +55,7 @@ class Config:
             raise ValueError(f"unknown gate {self.gate!r}: choose one of {', '.join(GATES)}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
-        # Every model but dense needs a block that it can skip, and exit always runs its first two.
+        # Every model except dense needs a block that it can skip. Early exit always runs the first two.
         least = {"dense": 1, "exit": 3}.get(self.model, 2)
         if self.n_layer < least:
             raise ValueError(f"model {self.model!r} needs n_layer {least} or more")
@@ -62,8 +63,8 @@ class Config:
 
 # ----------------------------------------------------------------------------------------------------------------
 # Gate designs: the place to experiment. A design is a pair of functions of the router's probability p (B, T) and the
-# threshold. The first returns the gate for training, the second the gate for inference. Return floats for a scale and
-# bools for a switch, except in training, where a switch must be a float that carries a gradient.
+# threshold. The first returns the gate for training, the second the gate for inference. For a scale, return floats. For
+# a switch, return bools at inference, and in training floats through which a gradient flows.
 
 def soft(p, threshold):
     """The paper's gate in training, equation (4): a scale."""
@@ -74,7 +75,7 @@ def binary(p, threshold):
     return p <= threshold
 
 def skip(p, threshold):
-    """The soft scale, but tokens whose p exceeds the threshold skip the block. Use a threshold near 0.9."""
+    """Like the soft scale, except that tokens whose p exceeds the threshold skip the block. Use one near 0.9."""
     return (1 - p) * (p <= threshold)
 
 GATES = {"soft": (soft, binary), "skip": (soft, skip)}      # name: (training gate, inference gate)
@@ -118,15 +119,15 @@ class KV:
 
 class Attention(nn.Module):
     """
-    Causal multi-head attention, without biases as in the paper. Queries may come from only some tokens; keys and values
-    come from all.
+    Causal multi-head attention, without biases, as in the paper. Queries may come from only some tokens; keys and
+    values come from all.
     """
 
     def __init__(self, config):
         super().__init__()
         C = config.n_embd
         self.n_head, self.dropout = config.n_head, config.dropout
-        self.query = nn.Linear(C, C, bias=False)            # separate: a token that skips the block needs none
+        self.query = nn.Linear(C, C, bias=False)            # a token that skips the block needs none
         self.key_value = nn.Linear(C, 2 * C, bias=False)
         self.proj = nn.Linear(C, C, bias=False)
         causal = torch.ones(config.block_size, config.block_size, dtype=torch.bool).tril()
@@ -147,13 +148,13 @@ class Attention(nn.Module):
         k, v = kv.view(B, -1, 2, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)     # (B, nh, S, hs)
         mask = None if at is None else self.causal[at, :k.size(2)].unsqueeze(1)            # (B, 1, n, S)
         dropout_p = self.dropout if self.training else 0.0
-        is_causal = at is None and n > 1        # a single query comes from the newest token, so no mask
+        is_causal = at is None and n > 1        # a single query comes from the newest token, so it needs no mask
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal)
         return self.proj(y.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
-    """One hidden layer of width 4C with exact GELU, and dropout after both layers (paper): (..., C) -> (..., C)."""
+    """One hidden layer of width 4C, exact GELU, dropout after both layers as in the paper: (..., C) -> (..., C)."""
 
     def __init__(self, config):
         super().__init__()
@@ -178,7 +179,7 @@ class Block(nn.Module):
     def forward(self, x, gate=None, cache=None, source=None):
         """
         x (B, T, C), gate (B, T) -> (B, T, C). Without a gate, this is the plain block. Keys and values are computed
-        from `source` (B, T, C), which defaults to x; only Halt passes another one.
+        from `source` (B, T, C), which defaults to x; only Halt passes a different one.
         """
         h = self.ln1(x)
         kv = self.attn.keys_values(h if source is None else self.ln1(source), cache)
@@ -191,17 +192,17 @@ class Block(nn.Module):
 
     def gathered(self, x, gate, cache=None):
         """The result of forward, computed only for tokens whose gate is open: (B, T, C), (B, T) -> (B, T, C)."""
-        assert not self.training, "dropout here would differ from forward's: use gathered only in eval mode"
+        assert not self.training, "dropout would differ from forward's, so use gathered only in eval mode"
         is_open = gate != 0
-        if is_open.all():               # nothing to skip; a bool gate does not scale anything either
+        if is_open.all():       # no token skips, so run the plain block, scaled if the gate is a scale
             return self(x, None if gate.dtype == torch.bool else gate, cache)
         h = self.ln1(x)
-        kv = self.attn.keys_values(h, cache)        # for all tokens, because even those that skip are attended to
+        kv = self.attn.keys_values(h, cache)        # for all tokens: others attend to those that skip
         n = is_open.sum(1).max().item()     # the largest number of open gates in any sequence
         if n == 0:
             return x
-        # Gather n tokens from each sequence. Each row of `at` lists the positions with open gates in order, then some
-        # with closed gates as padding. Padding comes back unchanged, because its gate is 0.
+        # Gather n tokens from each sequence. Each row of `at` lists the positions of open gates from left to right,
+        # then positions of closed gates as padding. Padding comes back unchanged, because its gate is 0.
         #
         #     gate  0 1 1 0    at  1 2    gate.gather(1, at)  1 1
         #           1 0 0 0        0 1                        1 0    <- position 1 is padding
@@ -235,7 +236,7 @@ class Transformer(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
         for embedding in (self.wte, self.wpe):
             nn.init.normal_(embedding.weight, std=0.02)
-        for block in self.blocks:       # 2L updates add up in x, so each starts with 1 / (2L) of the variance
+        for block in self.blocks:       # x receives 2L updates, so each starts with 1 / (2L) of the variance
             for linear in (block.attn.proj, block.ffn.proj):
                 nn.init.normal_(linear.weight, std=0.02 / (2 * config.n_layer) ** 0.5)
 
@@ -247,7 +248,7 @@ class Transformer(nn.Module):
         assert mode in MODES, mode
         x, gate, gates = self.embed(idx, cache), None, []
         for l, block in enumerate(self.blocks):
-            if l > 0:       # block 0 has no gate, because before it a token knows nothing about its context
+            if l > 0:       # block 0 has no gate, because until it has run a token knows nothing about its context
                 gate = self.next_gate(l, x, gate, mode)
             run = block.gathered if mode == "executed" and gate is not None else block
             x = run(x, gate, None if cache is None else cache[l])
@@ -256,13 +257,13 @@ class Transformer(nn.Module):
         return self.predict(x, gates), gates
 
     def embed(self, idx, cache=None):
-        """(B, T) -> (B, T, C), at the positions after those in the cache."""
+        """Embed idx (B, T) as (B, T, C), at the positions that follow those in the cache."""
         start, T = cache[0].length if cache else 0, idx.size(1)
         assert start == 0 or T == 1, "once the cache holds tokens, it accepts one token at a time"
         return self.drop(self.wte(idx) + self.wpe.weight[start:start + T])
 
     def next_gate(self, l, x, gate, mode):
-        """The gate (B, T) of block l, from the output x of block l - 1 and its gate. None means a plain block."""
+        """Compute the gate (B, T) of block l from the output and the gate of block l - 1; None means a plain block."""
         return None
 
     def predict(self, x, gates):
@@ -299,7 +300,7 @@ class Exit(Transformer):
     Early exit (Elbayad et al. 2020, arXiv 1910.10073), the paper's baseline. Training predicts after every block, with
     a LayerNorm per block and the tied head. At inference a token exits as soon as its largest softmax probability
     exceeds the threshold, but never before block 1 has run. Its prediction uses the LayerNorm of the block after which
-    it exits. As in the paper, every token runs all blocks in training, with nothing frozen.
+    it exits. As in the paper, every token runs all blocks in training.
     """
 
     def __init__(self, config):
@@ -320,7 +321,7 @@ class Exit(Transformer):
         return self.head(h)
 
     def loss(self, idx, targets):
-        """The mean of the cross-entropies after each of the L blocks (paper, section 1), and gates that are all 1."""
+        """Return the mean of the cross-entropies after each of the L blocks (paper, section 1) and gates of 1."""
         x, total = self.embed(idx), 0
         for block, norm in zip(self.blocks, [*self.exit_norms, self.ln_f]):
             x = block(x)
@@ -341,7 +342,7 @@ class Halt(Transformer):
       - BARRIER     * sum over l < L-1 of log(p_l (1-p_l))  keep p from sticking at 0 or 1
       + lam         * mean of survive_l over l > 0          depth penalty (added in train.py)                   (5)
 
-    The first three terms are means over the scored tokens, the last two over all tokens.
+    The first three terms are means over the scored tokens, the last two are means over all tokens.
     The first term is the expected loss of PonderNet (Banino et al. 2021, arXiv 2107.05407).
     """
     HALT_SHARE, EVERY_SHARE, LAST_SHARE, BARRIER = 0.2, 0.05, 0.75, 1e-4
@@ -360,12 +361,13 @@ class Halt(Transformer):
         """Run as in training and yield, for each block, its output x (B, T, C), survive and the logit of p (B, T)."""
         x = self.embed(idx, cache)
         # In training every token runs all blocks, even past the point where it would halt, so that every depth gets a
-        # loss. Keys and values are computed from `frozen`, the token's x at that point, as they are at inference.
+        # loss. As at inference, keys and values are computed from `frozen`: the token's current x until it would halt,
+        # and from then on the x with which it would halt.
         frozen, running = x, torch.ones(idx.shape, dtype=torch.bool, device=idx.device)
         survive = torch.ones(idx.shape, device=idx.device)
         for l, block in enumerate(self.blocks):
             x = block(x, None, None if cache is None else cache[l], source=frozen)
-            frozen = torch.where(running.unsqueeze(-1), x, frozen)      # a token that halts here keeps this x
+            frozen = torch.where(running.unsqueeze(-1), x, frozen)      # a token that halts now keeps this x
             is_last = l == len(self.routers)        # the last block has no router: p = sigmoid(inf) = 1
             logit = torch.full_like(survive, torch.inf) if is_last else self.routers[l].logit(x)
             yield x, survive, logit
@@ -373,14 +375,14 @@ class Halt(Transformer):
             survive, running = survive * (1 - p), running & (p <= self.config.threshold)
 
     def forward(self, idx, mode="trained", cache=None):
-        """In mode "trained", logits come from the last block for every token, and the gates are survive (L, B, T)."""
+        """In mode "trained", logits come from the last block for every token, and survive (L, B, T) serves as gates."""
         if mode == "executed":
             return super().forward(idx, mode, cache)
         outputs, survives, _ = zip(*self.all_depths(idx, cache))
         return self.head(self.ln_f(outputs[-1])), torch.stack(survives)
 
     def loss(self, idx, targets):
-        """Equation (5) without its last line, which train.py adds; the gates are survive (L, B, T)."""
+        """Equation (5) without its last line, which train.py adds; survive (L, B, T) serves as gates."""
         L, total, log_p, survives = self.config.n_layer, 0, 0, []
         for l, (x, survive, logit) in enumerate(self.all_depths(idx)):
             weight = self.HALT_SHARE * survive * torch.sigmoid(logit)
@@ -471,6 +473,6 @@ def multiply_adds(config, ran, T=None, decode=False):
 
 
 def macs_saved(config, ran, T=None, decode=False):
-    """The share of the plain model's multiply-adds that was saved; negative if the overhead exceeds the saving."""
+    """The share of the plain model's multiply-adds that was saved; it is negative if the overhead exceeds it."""
     plain = multiply_adds(replace(config, model="dense"), [1] * len(ran), T, decode)
     return 1 - multiply_adds(config, ran, T, decode) / plain

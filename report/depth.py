@@ -131,8 +131,8 @@ def main(argv=None):
         print(*(f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
                 if key not in ("ran", "hops")))
         for line in row.get("hops", []):
-            print("  {hops} hops: accuracy {accuracy:.4f}, {used:.2f} blocks used, {needed} suffice; {early} of {n} used "
-                  "fewer, {early_right} of these correctly".format(**line))
+            print("  {hops} hops: accuracy {accuracy:.4f}, {used:.2f} blocks used, {needed} suffice; {early} of {n} "
+                  "used fewer, {early_right} of these correctly".format(**line))
     save(path, rows, write_json)
 
 
