@@ -873,6 +873,7 @@ def test_scores_of_report_are_those_of_training(finished, text_file):
     for key in ("val_loss", "val_loss_executed", "tlops_saved", "macs_saved"):
         assert rows[0][key] == pytest.approx(result[key], abs=1e-5)
     assert rows[1]["tlops_saved"] > rows[0]["tlops_saved"] and rows[0]["permuted"] != rows[0]["val_loss"]
+    assert rows[0]["histogram"][0] == [0] * 9 + [1] and all(sum(b) == pytest.approx(1) for b in rows[0]["histogram"])
     model, saved = train.load_checkpoint(finished / "ckpt.pt")
     idx, targets = data.load(str(text_file)).windows("val", 16)
     by_hand = [masked(model, x[None])[0][0].argmax(-1) for x in idx]

@@ -96,6 +96,7 @@ def score(model, windows, is_chain):
            "tlops_saved": tlops_saved(ran), "macs_saved": macs_saved(config, ran, windows[0].size(1)), "ran": ran}
     if config.model == "tsa":
         row["permuted"] = run(model, windows, "trained", permute_tokens(gates))[0].sum().item() / n
+        row["histogram"] = [(gate.histc(10, 0, 1) / gate.numel()).tolist() for gate in gates]     # 10 bins per block
     if config.model != "dense":
         shuffled = permute_tokens(used)
         if not (config.model == "tsa" and config.gate == "skip"):
@@ -129,7 +130,7 @@ def main(argv=None):
         row |= score(model, windows, saved["flags"]["data"] == "chain")
         rows = [old for old in rows if any(old[key] != row[key] for key in ("split", "gate", "threshold"))] + [row]
         print(*(f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
-                if key not in ("ran", "hops")))
+                if key not in ("ran", "hops", "histogram")))
         for line in row.get("hops", []):
             print("  {hops} hops: accuracy {accuracy:.4f}, {used:.2f} blocks used, {needed} suffice; {early} of {n} "
                   "used fewer, {early_right} of these correctly".format(**line))
