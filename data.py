@@ -93,7 +93,7 @@ def fetch(name):
         socket.setdefaulttimeout(TIMEOUT)
         try:
             torch.hub.download_url_to_file(url, path, hash_prefix=sha256)
-        except Exception as error:      # no network, a broken answer, a wrong or truncated file
+        except Exception as error:      # no network, a broken response, a wrong or truncated file
             raise OSError(f"cannot download {url} ({error}); download it yourself and save it as {path}") from None
     if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         raise ValueError(f"{path} is not the expected file: delete it to download it again")

@@ -46,7 +46,7 @@ def is_colored():
 
 
 def paint(text, share):
-    """Black text, readable on every background, from blue (share 0) to red (share 1)."""
+    """Return black text, readable on all backgrounds, on one from blue (share 0) to red (share 1)."""
     level = round(share * (len(COLORS) - 1))
     return f"\033[30;48;5;{COLORS[min(max(level, 0), len(COLORS) - 1)]}m{text}\033[0m"
 

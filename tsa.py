@@ -18,7 +18,7 @@ keys and values, so a skipped block is cheap, but not free.
 
 A model runs in one of two modes:
 
-    "trained"     applies the training gates (exit and halt have none) and computes every block for every token
+    "trained"     applies the training gates (early exit and halting have none) and computes every block for every token
     "executed"    applies the inference gates and computes a block only for the tokens whose gate is open
 
 Shapes: B sequences of T tokens, C = n_embd channels, nh heads of size hs = C / nh, V characters, L blocks; S tokens in
@@ -75,7 +75,7 @@ def binary(p, threshold):
     return p <= threshold
 
 def skip(p, threshold):
-    """Like the soft scale, except that tokens whose p exceeds the threshold skip the block. Use one near 0.9."""
+    """Like the soft scale, except that tokens whose p exceeds the threshold skip. Use a threshold near 0.9."""
     return (1 - p) * (p <= threshold)
 
 GATES = {"soft": (soft, binary), "skip": (soft, skip)}      # name: (training gate, inference gate)
@@ -248,7 +248,7 @@ class Transformer(nn.Module):
         assert mode in MODES, mode
         x, gate, gates = self.embed(idx, cache), None, []
         for l, block in enumerate(self.blocks):
-            if l > 0:       # block 0 has no gate, because until it has run a token knows nothing about its context
+            if l > 0:       # block 0 has no gate, because a token knows nothing about its context until it runs
                 gate = self.next_gate(l, x, gate, mode)
             run = block.gathered if mode == "executed" and gate is not None else block
             x = run(x, gate, None if cache is None else cache[l])
@@ -297,10 +297,10 @@ class TSA(Transformer):
 
 class Exit(Transformer):
     """
-    Early exit (Elbayad et al. 2020, arXiv 1910.10073), the paper's baseline. Training predicts after every block, with
-    a LayerNorm per block and the tied head. At inference a token exits as soon as its largest softmax probability
-    exceeds the threshold, but never before block 1 has run. Its prediction uses the LayerNorm of the block after which
-    it exits. As in the paper, every token runs all blocks in training.
+    Early exit (Elbayad et al. 2020, arXiv 1910.10073), the paper's baseline. In training, every token runs all blocks,
+    and the model predicts after each, with a LayerNorm per block and the tied head. At inference a token exits as soon
+    as its largest softmax probability exceeds the threshold, but never before block 1 has run. Its prediction uses the
+    LayerNorm of the block after which it exits.
     """
 
     def __init__(self, config):
@@ -473,6 +473,6 @@ def multiply_adds(config, ran, T=None, decode=False):
 
 
 def macs_saved(config, ran, T=None, decode=False):
-    """The share of the plain model's multiply-adds that was saved; it is negative if the overhead exceeds it."""
+    """The share of the plain model's multiply-adds that was saved; negative if the overhead exceeds the saving."""
     plain = multiply_adds(replace(config, model="dense"), [1] * len(ran), T, decode)
     return 1 - multiply_adds(config, ran, T, decode) / plain
