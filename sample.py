@@ -97,7 +97,7 @@ def main(argv=None):
     path = args.ckpt or max(Path("out").glob("*/ckpt.pt"), key=os.path.getmtime, default=BUNDLED)
     model, saved = load_checkpoint(path, device)
     mode = args.mode or default_mode(model.config)
-    shows_map = args.map or not saved["new_tokens"]        # a chain is answered in place, without generation
+    shows_map = args.map or not saved["new_tokens"]        # with chains, there is nothing to generate
     prompt = (saved["example"] if shows_map else saved["prompt"]) if args.prompt is None else args.prompt
     if not prompt:
         sys.exit("sample.py: --prompt is empty; give at least one character, or leave out the flag")

@@ -2,8 +2,8 @@
 Train and evaluate a model: python train.py
 
 This file contains the defaults and flags, the device, checkpoints, evaluation, and `train`, the whole run in one
-function. Each step's random numbers depend only on (seed, step), so a resumed run is bit-identical to one that was
-never interrupted, and evaluation does not affect training.
+function. Each step's random numbers depend only on (seed, step), so on the same device a resumed run is bit-identical
+to one that was never interrupted, and evaluation does not affect training.
 """
 import argparse
 import contextlib
@@ -64,7 +64,8 @@ def parse_args(argv):
     add("--model", choices=MODELS, default="tsa",
         help="dense: the plain transformer; tsa: the paper's model; exit: early exit; halt: our halting model")
     add("--preset", choices=PRESETS, default="laptop", help="model size and training hyperparameters")
-    add("--data", default="shakespeare", help="shakespeare, enwik8, stdlib, copy, sort, chain, or a UTF-8 text file")
+    add("--data", help="shakespeare, enwik8, stdlib, copy, sort, chain, or a UTF-8 text file; by default shakespeare, "
+                       "or stdlib if that cannot be downloaded")
     add("--gate", choices=GATES, help="gate design of tsa")
     add("--gate_bias", type=float, help="tsa, halt: initial bias of the routers")
     add("--threshold", type=float, help="tsa, halt: skip or halt above this p; exit: exit above this confidence")
@@ -94,7 +95,7 @@ def parse_args(argv):
     chosen = parser.parse_known_args([arg for arg in argv if arg not in ("-h", "--help")])[0]
     if chosen.resume:
         if {arg.split("=")[0] for arg in argv if arg.startswith("-")} - {"--resume", "--device"}:
-            parser.error("--resume uses the flags of the run itself: no other flag except --device is allowed")
+            parser.error("--resume uses the run's own flags: no other flag is allowed, except --device")
         return parser.parse_args(argv)
     defaults = PRESETS[chosen.preset] | TASK_DEFAULTS.get(chosen.data, {}) | MODEL_DEFAULTS[chosen.model]
     parser.set_defaults(**defaults)
@@ -112,12 +113,9 @@ def pick_device(name):
     try:
         torch.ones(1, device=name).item()
     except Exception as error:      # torch raises many kinds of exceptions
-        sys.exit(f"--device {name} does not work here ({first_line(error)}); try --device cpu")
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        sys.exit(f"--device {name} does not work here ({reason}); try --device cpu")
     return name
-
-
-def first_line(error):
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def supports_bfloat16(device):
@@ -157,9 +155,11 @@ def load_checkpoint(path, device="cpu"):
         model = build(Config(**saved["config"]))
         model.load_state_dict(saved["model"])
     except OSError as error:
-        sys.exit(f"cannot read {path} ({error.strerror}): train a model first, or give the path of a checkpoint")
-    except Exception as error:      # damaged and foreign files fail in many ways
-        sys.exit(f"{path} is damaged or was not written by this version of train.py: {first_line(error)}")
+        sys.exit(f"cannot read {path} ({error.strerror}): --resume takes the folder of a run, --ckpt a checkpoint")
+    except ValueError as error:     # for example, a gate design that is no longer in tsa.py
+        sys.exit(f"{path}: {error}")
+    except Exception:       # damaged and foreign files fail in many ways, and torch's advice is to load them unsafely
+        sys.exit(f"{path} is damaged or was not written by this version of train.py")
     return model.to(device).eval(), saved
 
 
@@ -229,10 +229,11 @@ def new_folder(args):
 
 
 def load_data(args):
+    by_default, args.data = args.data is None, args.data or "shakespeare"
     try:
         return data.load(args.data)
     except (OSError, ValueError) as error:
-        if args.data != "shakespeare" or args.resume:
+        if not by_default or isinstance(error, ValueError):
             sys.exit(f"--data {args.data}: {error}")
         print(f"{error}. Training on the sources of Python's standard library instead (--data stdlib).")
         args.data = "stdlib"
@@ -248,8 +249,8 @@ def train(args):
         device = pick_device(saved["flags"]["device"] if args.device == "auto" else args.device)
         vars(args).update(saved["flags"], device=device, out_dir=args.resume)
         corpus = load_data(args)
-        if corpus.vocab != saved["vocab"]:
-            sys.exit(f"--data {args.data}: its characters have changed since this run started; restore the old text")
+        if (corpus.vocab, corpus.example) != (saved["vocab"], saved["example"]):
+            sys.exit(f"--data {args.data}: the text has changed since this run started; restore the old one")
         optimizer = make_optimizer(model.to(device), args.learning_rate)
         optimizer.load_state_dict(saved["optimizer"])
     else:
@@ -293,8 +294,8 @@ def train(args):
         lam = args.lam * min(step / max(args.lam_ramp * args.max_iters, 1), 1) if args.lam else 0
         idx, targets = corpus.batch(args.batch_size, args.block_size)                      # (B, T)
         with autocast, attention_kernel():
-            task, gates = loss_of(idx, targets)                                            # gates (L, B, T)
-            loss = task + lam * gates[1:].mean() if lam else task                          # the paper's total loss
+            task_loss, gates = loss_of(idx, targets)                                       # gates (L, B, T)
+            loss = task_loss + lam * gates[1:].mean() if lam else task_loss                # plus the depth penalty
         loss.backward()
         if any(router.out.bias.grad is None for router in getattr(model, "routers", [])):
             sys.exit(f"--gate {args.gate} passes no gradient to the routers: it must be differentiable in p")
@@ -306,14 +307,14 @@ def train(args):
         if evaluates or step % LOG_INTERVAL == 0:
             # A nan stays in the weights, so checking only here misses none and avoids a GPU sync in every step.
             if not torch.isfinite(loss + norm):
-                sys.exit(f"the loss or its gradient was not finite at some step up to {step}: start again with a lower "
-                         f"--learning_rate")
+                sys.exit(f"the loss or its gradient was not finite at some step up to {step}: start a new run with a "
+                         f"lower --learning_rate")
             per_step = (time.perf_counter() - began) / (step - saved["step"])      # seconds, including evaluation
             left = int(per_step * (args.max_iters - step))
             by_block = gates.detach().mean((1, 2)).tolist()
-            row = {"step": step, "loss": loss.item(), "task_loss": task.item(), "lam": lam,
-                   "depth": sum(by_block[1:]) / max(len(by_block) - 1, 1)}
-            penalty = "= task {task_loss:.4f} + {lam:.3g} * mean gate {depth:.4f}  ".format(**row)
+            row = {"step": step, "loss": loss.item(), "task_loss": task_loss.item(), "lam": lam,
+                   "mean_gate": sum(by_block[1:]) / max(len(by_block) - 1, 1)}
+            penalty = "= task {task_loss:.4f} + {lam:.3g} * mean gate {mean_gate:.4f}  ".format(**row)
             print(f"step {step}/{args.max_iters}  loss {row['loss']:.4f}", (penalty if lam else "") + "gates",
                   *(f"{gate:.2f}" for gate in by_block[1:]),
                   f" {idx.numel() / per_step / 1000:.0f}k tok/s  {left // 60}:{left % 60:02d} left")
@@ -325,8 +326,8 @@ def train(args):
                             example=corpus.example, new_tokens=corpus.new_tokens, step=step, rows=rows,
                             seconds=saved["seconds"] + time.perf_counter() - began, model=model.state_dict(),
                             optimizer=optimizer.state_dict())
-            save(out_dir / "ckpt.pt", contents, torch.save)
             save(out_dir / "log.json", rows, write_json)
+            save(out_dir / "ckpt.pt", contents, torch.save)
 
     windows = corpus.windows("val", args.block_size)
     print(f"scoring the whole validation split ({windows[0].numel():,} tokens)")
@@ -335,7 +336,10 @@ def train(args):
     result["seconds"] = round(saved["seconds"] + time.perf_counter() - began)
     save(out_dir / "result.json", result, write_json)
     print("validation", SCORES.format(**result) + f"; {result['seconds']} s in total")
-    print(f"\nTo look at the model, run: python sample.py --ckpt {out_dir / 'ckpt.pt'}\n{corpus.prompt}", end="")
+    print(f"\nTo look at the model, run: python sample.py --ckpt {out_dir / 'ckpt.pt'}")
+    if not corpus.new_tokens:       # with chains, there is nothing to generate
+        return
+    print(corpus.prompt, end="")
     idx = torch.tensor([data.encode(corpus.prompt, corpus.vocab)], device=device)
     for idx_next, _ in generate(model, idx, min(corpus.new_tokens, 200), top_k=20):
         print(corpus.vocab[idx_next.item()], end="", flush=True)

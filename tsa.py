@@ -56,9 +56,9 @@ class Config:
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
         # Every model except dense needs a block that it can skip. Early exit always runs the first two.
-        least = {"dense": 1, "exit": 3}.get(self.model, 2)
-        if self.n_layer < least:
-            raise ValueError(f"model {self.model!r} needs n_layer {least} or more")
+        min_layers = {"dense": 1, "exit": 3}.get(self.model, 2)
+        if self.n_layer < min_layers:
+            raise ValueError(f"model {self.model!r} needs n_layer {min_layers} or more")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -118,10 +118,7 @@ class KV:
 
 
 class Attention(nn.Module):
-    """
-    Causal multi-head attention, without biases, as in the paper. Queries may come from only some tokens; keys and
-    values come from all.
-    """
+    """Causal multi-head attention without biases. Queries may come from only some tokens, keys and values from all."""
 
     def __init__(self, config):
         super().__init__()
@@ -208,7 +205,8 @@ class Block(nn.Module):
         #           1 0 0 0        0 1                        1 0    <- position 1 is padding
         at = is_open.int().argsort(dim=1, descending=True, stable=True)[:, :n]             # (B, n) distinct positions
         pick = at.unsqueeze(-1).expand(-1, -1, x.size(-1))                                 # (B, n, C)
-        y, g = x.gather(1, pick), gate.gather(1, at).to(x.dtype).unsqueeze(-1)             # (B, n, C), (B, n, 1)
+        y = x.gather(1, pick)                                                              # (B, n, C)
+        g = gate.gather(1, at).to(x.dtype).unsqueeze(-1)                                   # (B, n, 1)
         # `at` selects rows of the causal mask. A single token (T = 1) is the newest one and needs no mask.
         y = y + g * self.attn(h.gather(1, pick), kv, at if x.size(1) > 1 else None)        # equation (1)
         y = y + g * self.ffn(self.ln2(y))                                                  # equation (2)
@@ -236,7 +234,9 @@ class Transformer(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
         for embedding in (self.wte, self.wpe):
             nn.init.normal_(embedding.weight, std=0.02)
-        for block in self.blocks:       # x receives 2L updates, so each starts with 1 / (2L) of the variance
+        # As in GPT-2: x receives 2L updates, so each starts with 1 / (2L) of the variance. The other linear layers keep
+        # PyTorch's initialization.
+        for block in self.blocks:
             for linear in (block.attn.proj, block.ffn.proj):
                 nn.init.normal_(linear.weight, std=0.02 / (2 * config.n_layer) ** 0.5)
 
@@ -299,12 +299,13 @@ class Exit(Transformer):
     """
     Early exit (Elbayad et al. 2020, arXiv 1910.10073), the paper's baseline. In training, every token runs all blocks,
     and the model predicts after each, with a LayerNorm per block and the tied head. At inference a token exits as soon
-    as its largest softmax probability exceeds the threshold, but never before block 1 has run. Its prediction uses the
-    LayerNorm of the block after which it exits.
+    as its largest softmax probability exceeds the threshold, but, as in the paper, never before block 1 has run. Its
+    prediction uses the LayerNorm of the block after which it exits.
     """
 
     def __init__(self, config):
         super().__init__(config)
+        # One LayerNorm per block but the last, which has ln_f; that of block 0 is used only in training.
         self.exit_norms = nn.ModuleList(nn.LayerNorm(config.n_embd) for _ in range(config.n_layer - 1))
 
     def next_gate(self, l, x, gate, mode):
@@ -372,7 +373,8 @@ class Halt(Transformer):
             logit = torch.full_like(survive, torch.inf) if is_last else self.routers[l].logit(x)
             yield x, survive, logit
             p = torch.sigmoid(logit)
-            survive, running = survive * (1 - p), running & (p <= self.config.threshold)
+            survive = survive * (1 - p)
+            running = running & (p <= self.config.threshold)
 
     def forward(self, idx, mode="trained", cache=None):
         """In mode "trained", logits come from the last block for every token, and survive (L, B, T) serves as gates."""
@@ -383,7 +385,7 @@ class Halt(Transformer):
 
     def loss(self, idx, targets):
         """Equation (5) without its last line, which train.py adds; survive (L, B, T) serves as gates."""
-        L, total, log_p, survives = self.config.n_layer, 0, 0, []
+        L, total, barrier, survives = self.config.n_layer, 0, 0, []
         for l, (x, survive, logit) in enumerate(self.all_depths(idx)):
             weight = self.HALT_SHARE * survive * torch.sigmoid(logit)
             if l > 0:
@@ -391,10 +393,10 @@ class Halt(Transformer):
             if l == L - 1:
                 weight = weight + self.LAST_SHARE
             else:       # log(p (1 - p)), computed from the logit because p may round to 0 or 1
-                log_p = log_p + (F.logsigmoid(logit) + F.logsigmoid(-logit)).mean()
+                barrier = barrier + (F.logsigmoid(logit) + F.logsigmoid(-logit)).mean()
             total = total + (weight * token_loss(self.head(self.ln_f(x)), targets)).sum()
             survives.append(survive)
-        return total / (targets >= 0).sum() - self.BARRIER * log_p, torch.stack(survives)
+        return total / (targets >= 0).sum() - self.BARRIER * barrier, torch.stack(survives)
 
 
 MODELS = {"dense": Transformer, "tsa": TSA, "exit": Exit, "halt": Halt}
@@ -408,7 +410,7 @@ def build(config):
 # Generation
 
 def default_mode(config):
-    """Return "executed", or "trained" for the soft gate, because no model was trained with thresholded soft gates."""
+    """Return "executed", or "trained" for the soft gate, because training never thresholds it."""
     return "trained" if config.model == "tsa" and config.gate == "soft" else "executed"
 
 
@@ -463,8 +465,8 @@ def multiply_adds(config, ran, T=None, decode=False):
         # kernel skips future keys, which leaves T / 2 on average. Decoding also averages T / 2, as its cache grows to
         # T. The gathered block's masked kernel multiplies all T keys.
         attention = (T / 2 if share == 1 or decode else T) * 2 * C
-        total += 2 * C * C                                          # keys and values, for all tokens
-        total += share * (2 * C * C + attention + 8 * C * C)        # query and output, attention, feed-forward
+        total += 2 * C * C                              # keys and values, for all tokens
+        total += share * (10 * C * C + attention)       # query, output projection, feed-forward (2 + 8 C^2), attention
     routers = len(ran) - 1 if config.model in ("tsa", "halt") else 0
     if config.model == "halt" and decode:
         routers = sum(ran[:-1])     # in decoding, router l runs only if the token ran block l

@@ -3,8 +3,8 @@ Measure what skipping saves in wall-clock time: python -m report.clock out/halt/
 
 Time the plain model, one with half of its layers and the executed model alternately, in one process and in float32.
 Prefill processes whole windows; decode processes the second half of each window token by token. All gates are replayed:
-the model's own, and random ones that are open with each probability in KEEPS. The text is from the validation split;
-without a checkpoint, the text and the weights are random, at the paper's width. `allowed` is the speed-up predicted
+the model's own, and random ones, open with one of the probabilities in KEEPS. The text is from the validation split;
+without a checkpoint, the text and the weights are random, at the paper's width. `predicted` is the speed-up predicted
 from the saved multiply-adds alone.
 """
 import argparse
@@ -93,7 +93,7 @@ def clock(plain, half, model, text, work, B, seconds, device):
         rows.append({"work": work, "batch": B, "gates": name, "open": sum(ran[1:]) / max(len(ran) - 1, 1), "ms": median,
                      "ms_low": low, "ms_high": high,
                      "speedup": statistics.median(a / b for a, b in zip(all_times[0], times)),
-                     "allowed": multiply_adds(plain.config, [1] * config.n_layer, decode=work == "decode") / macs})
+                     "predicted": multiply_adds(plain.config, [1] * config.n_layer, decode=work == "decode") / macs})
     return rows
 
 
@@ -121,7 +121,7 @@ def main(argv=None):
             rows = clock(plain, half, model, text, work, B, args.seconds, device)
             for row in rows:
                 print("{work:8} batch {batch:<3} {gates:12} {open:.3f} {ms:10.3f} ms ({ms_low:.3f} to {ms_high:.3f})  "
-                      "speed-up {speedup:.2f}, predicted {allowed:.2f}".format(**row))
+                      "speed-up {speedup:.2f}, predicted {predicted:.2f}".format(**row))
             if args.out:
                 is_new = not args.out.exists()
                 with open(args.out, "a", newline="", encoding="utf-8") as file:

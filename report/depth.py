@@ -4,9 +4,9 @@ Score a trained model in more detail than train.py does:
     python -m report.depth out/tsa-soft/ckpt.pt --gate skip --threshold 0.9
 
 For each threshold, score the whole split as trained and as executed: both losses, both savings, the accuracy, and the
-loss when each token is given the gates of another sequence at the same position. If that loss hardly differs, it hardly
-matters which token gets which gates. For chains, also report accuracy and mean depth by number of hops. The rows are
-added to scores.json next to the checkpoint.
+loss with permuted gates (each token gets the gates of the token at the same position in another sequence). If that loss
+hardly differs, it hardly matters which token gets which gates. For chains, also report accuracy and mean depth by
+number of hops. The rows are added to scores.json next to the checkpoint.
 """
 import argparse
 import contextlib
@@ -70,9 +70,9 @@ def hops_of(idx):
 
 def by_hops(idx, right, gates):
     """
-    One row per number of hops: number of tokens, accuracy, blocks used and blocks that suffice, and how many tokens ran
-    fewer than that, and how many of these were correct. A token that is looked up may itself have looked up another, so
-    the reach doubles with each block: l blocks follow up to 2^l - 1 hops.
+    One row per number of hops: the number of tokens, their accuracy, the mean number of blocks they ran, the number
+    that suffices, how many tokens ran fewer, and how many of those were correct. A token that is attended to has itself
+    made hops, so l blocks can make up to 2^l - 1 hops.
     """
     hops, used, rows = hops_of(idx), gates.sum(0), []
     for h in hops.unique().tolist():
@@ -87,7 +87,7 @@ def by_hops(idx, right, gates):
 def score(model, windows, is_chain):
     """A row of scores.json, without split, gate and threshold."""
     config, n = model.config, (windows[1] >= 0).sum().item()
-    torch.manual_seed(0)
+    torch.manual_seed(0)        # for permute_tokens
     trained, _, gates = run(model, windows, "trained")
     executed, right, used = run(model, windows, "executed")
     ran = (used != 0).double().mean((1, 2)).tolist()
@@ -99,8 +99,8 @@ def score(model, windows, is_chain):
         row["histogram"] = [(gate.histc(10, 0, 1) / gate.numel()).tolist() for gate in gates]     # 10 bins per block
     if config.model != "dense":
         shuffled = permute_tokens(used)
-        if not (config.model == "tsa" and config.gate == "skip"):
-            shuffled = shuffled != 0        # the model returns switches as floats
+        if config.model != "tsa":
+            shuffled = shuffled != 0        # exit and halt combine switches, which the model returns as floats
         row["permuted_executed"] = run(model, windows, "executed", shuffled)[0].sum().item() / n
     if is_chain:
         row["hops"] = by_hops(windows[0], right, (used != 0).float())

@@ -42,9 +42,9 @@ def draw_row(axes, title, model, idx, targets, mode):
     axes.spines[:].set_visible(False)
 
 
-def draw_chain(halt_path, tsa_path, svg_path, row=0):
+def draw_chain(halt_path, tsa_path, svg_path):
     (halt, _), (tsa, _) = load_checkpoint(halt_path), load_checkpoint(tsa_path)
-    idx, targets = (tokens[row:row + 1] for tokens in data.load("chain").windows("val", halt.config.block_size))
+    idx, targets = (tokens[:1] for tokens in data.load("chain").windows("val", halt.config.block_size))
     figure = new_figure(8, 6.5)
     panels = figure.subplots(4, 1, height_ratios=(3, 3, 3, 1))
     draw_row(panels[0], "halting, executed, blocks run", halt, idx, targets, "executed")
