@@ -85,7 +85,7 @@ def encode(text, vocab):
 
 
 def fetch(name):
-    """Download a file if needed; return its path. Raise OSError if that fails, ValueError if the file is wrong."""
+    """Return a file's path; download it if needed. Raise OSError if that fails, ValueError if the file is wrong."""
     file_name, url, sha256 = DOWNLOADS[name]
     path = FOLDER / file_name
     if not path.exists():

@@ -21,14 +21,14 @@ from tsa import MODES, default_mode, generate, macs_saved, tlops_saved
 
 BUNDLED = Path(__file__).resolve().parent / "report" / "halt.pt"
 COLORS = (153, 159, 157, 229, 223, 217)     # terminal backgrounds, from blue (shallow, closed) to red (deep, open)
-SHADES = " .:-=+*#%@"                       # used without colors: one shade per 0.1 of gate
+SHADES = " .:-=+*#%@"                       # used without colors: one character for each 0.1 of the gate
 
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(prog="sample.py", usage=argparse.SUPPRESS,
                                      description="Generate text with a trained model, or show its gates.")
     add = parser.add_argument
-    add("--ckpt", type=Path, help="checkpoint; by default the newest out/*/ckpt.pt, or else report/halt.pt")
+    add("--ckpt", type=Path, help="checkpoint; by default the newest out/*/ckpt.pt, or report/halt.pt if there is none")
     add("--prompt", help="text to continue, or to show with --map; by default from the checkpoint")
     add("--max_new_tokens", type=positive_int, help="tokens to generate; by default 500, or one answer for a task")
     add("--temperature", type=float, default=0.8, help="0 always picks the most likely token (default: 0.8)")
@@ -36,7 +36,7 @@ def parse_args(argv):
     add("--seed", type=int, default=0, help="random seed (default: 0)")
     add("--device", default="auto", help="cpu, cuda, mps ...; by default the best one available")
     add("--mode", choices=MODES, help="trained: the training gates; executed: the inference gates; by default "
-                                      "executed, except that the paper's soft gate is applied as trained")
+                                      "executed, or trained for the paper's soft gate")
     add("--map", action="store_true", help="show the gates of the prompt instead of continuing it")
     return parser.parse_args(argv)
 
@@ -46,13 +46,13 @@ def is_colored():
 
 
 def paint(text, share):
-    """Return black text, readable on all backgrounds, on one from blue (share 0) to red (share 1)."""
+    """Return the text in black on a background from blue (share 0) to red (share 1)."""
     level = round(share * (len(COLORS) - 1))
     return f"\033[30;48;5;{COLORS[min(max(level, 0), len(COLORS) - 1)]}m{text}\033[0m"
 
 
 def write_text(model, saved, idx, args, mode):
-    """Print the continuation of idx (1, T). Without colors, a digit below each character shows its depth."""
+    """Print the continuation of idx (1, T). Without colors, digits below it show the depths (9 means 9 or more)."""
     vocab, L, colored = saved["vocab"], model.config.n_layer, is_colored()
     prompt = "".join(vocab[i] for i in idx[0].tolist())
     n = args.max_new_tokens or saved["new_tokens"]
@@ -61,7 +61,7 @@ def write_text(model, saved, idx, args, mode):
     ran, depth_sum, began = torch.zeros(L), 0, time.perf_counter()
     torch.manual_seed(args.seed)
     for idx_next, gates in generate(model, idx, n, args.temperature, args.top_k, mode):
-        c, depth = vocab[idx_next.item()], gates.sum().item()      # for switches, the number of blocks that ran
+        c, depth = vocab[idx_next.item()], gates.sum().item()      # the number of blocks that ran, if gates are 0 or 1
         ran += (gates[:, 0] != 0).cpu()
         depth_sum += depth
         digits += str(min(round(depth), 9))
@@ -86,7 +86,7 @@ def write_map(model, saved, idx, mode):
         for l in reversed(range(len(gates))):
             row = gates[l, start:start + width].tolist()
             cells = [paint(" ", g) if is_colored() else SHADES[min(max(int(10 * g), 0), 9)] for g in row]
-            print(f"block {l}  " + "".join(cells))
+            print(f"block {l:<3}" + "".join(cells))
         print("token    " + chars[start:start + width] + "\n")
     print(f"mean depth {gates.sum(0).mean():.2f} of {len(gates)}", file=sys.stderr)
 

@@ -731,6 +731,7 @@ def test_bad_text_is_one_line(run_train, text_file, tmp_path, capsys, content, w
     (["--model", "halt", "--gate", "soft"], ["--gate"]), (["--data", "no/such/file"], ["no/such/file"]),
     (["--model", "exit", "--n_layer", 2], ["n_layer 3"]), (["--resume", "."], ["no other flag"]),
     (["--dropout", 2], ["dropout"]), (["--learning_rate", "nan"], ["learning rate"]), (["--seed", -1], ["negative"]),
+    (["--out_dir", __file__], ["cannot create", "--out_dir"]),
 ])
 def test_bad_flags_are_one_line(run_train, tmp_path, capsys, flags, words):
     """An invalid flag or value is reported by name, and no folder is left behind."""

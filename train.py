@@ -1,9 +1,9 @@
 """
 Train and evaluate a model: python train.py
 
-This file contains the defaults and flags, the device, checkpoints, evaluation, and `train`, the whole run in one
-function. Each step's random numbers depend only on (seed, step), so on the same device a resumed run is bit-identical
-to one that was never interrupted, and evaluation does not affect training.
+This file contains the flags and their defaults, the choice of device, checkpoints, evaluation, and `train`, which does
+a whole run. Each step's random numbers depend only on (seed, step), so on the same device a resumed run is
+bit-identical to one that was never interrupted, and evaluation does not affect training.
 """
 import argparse
 import contextlib
@@ -56,10 +56,15 @@ def positive_int(text):
     return int(text)
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):     # without this, flags without a default end in "(default: None)"
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def parse_args(argv):
     parser = argparse.ArgumentParser(
         prog="train.py", usage=argparse.SUPPRESS, allow_abbrev=False, description="Train and evaluate a model.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--model", choices=MODELS, default="tsa",
         help="dense: the plain transformer; tsa: the paper's model; exit: early exit; halt: our halting model")
@@ -70,7 +75,7 @@ def parse_args(argv):
     add("--gate_bias", type=float, help="tsa, halt: initial bias of the routers")
     add("--threshold", type=float, help="tsa, halt: skip or halt above this p; exit: exit above this confidence")
     add("--lam", type=float, help="tsa, halt: weight of the depth penalty (the mean gate) in the loss")
-    add("--lam_ramp", type=float, help="tsa, halt: share of training over which the weight rises to lam")
+    add("--lam_ramp", type=float, help="tsa, halt: the weight rises from 0 to lam over this share of training")
     add("--n_layer", type=positive_int, help="number of blocks")
     add("--n_head", type=positive_int, help="number of attention heads")
     add("--n_embd", type=positive_int, help="embedding width")
@@ -151,14 +156,14 @@ def save(path, contents, write):
 def load_checkpoint(path, device="cpu"):
     """Load ckpt.pt; return the model in eval mode and the saved dictionary. Exit if the file is unusable."""
     try:
-        saved = torch.load(path, map_location=device, weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
         model = build(Config(**saved["config"]))
         model.load_state_dict(saved["model"])
     except OSError as error:
-        sys.exit(f"cannot read {path} ({error.strerror}): --resume takes the folder of a run, --ckpt a checkpoint")
+        sys.exit(f"cannot read {path} ({error.strerror}): --resume takes the folder of a run, --ckpt a ckpt.pt")
     except ValueError as error:     # for example, a gate design that is no longer in tsa.py
         sys.exit(f"{path}: {error}")
-    except Exception:       # damaged and foreign files fail in many ways, and torch's advice is to load them unsafely
+    except Exception:       # many kinds, and torch's own message recommends an unsafe load
         sys.exit(f"{path} is damaged or was not written by this version of train.py")
     return model.to(device).eval(), saved
 
@@ -270,7 +275,10 @@ def train(args):
             sys.exit(f"train.py: {error}")
         args.out_dir = new_folder(args)
     out_dir, rows = args.out_dir, saved["rows"]
-    out_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"cannot create {out_dir} ({error.strerror}): use another --out_dir")
     flags = {flag: value for flag, value in vars(args).items() if flag not in ("resume", "out_dir")}
     n_params = sum(parameter.numel() for parameter in model.parameters())
     print(*(f"{flag}={value}" for flag, value in flags.items() if value is not None))
@@ -281,7 +289,7 @@ def train(args):
     loss_of = torch.compile(model.loss) if args.compile else model.loss
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     attention_kernel = contextlib.nullcontext
-    if device == "cpu" and args.dtype == "bfloat16":        # here the fused kernel trains more slowly
+    if device == "cpu" and args.dtype == "bfloat16":        # in this case the fused attention kernel is slower
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)       # despite its name, this applies to CPUs too
         attention_kernel = functools.partial(sdpa_kernel, SDPBackend.MATH)
     began = time.perf_counter()
@@ -305,7 +313,7 @@ def train(args):
 
         evaluates = step % args.eval_interval == 0 or step == args.max_iters
         if evaluates or step % LOG_INTERVAL == 0:
-            # A nan stays in the weights, so checking only here misses none and avoids a GPU sync in every step.
+            # A nan stays in the weights, so it is still found here; a check in every step would force a GPU sync.
             if not torch.isfinite(loss + norm):
                 sys.exit(f"the loss or its gradient was not finite at some step up to {step}: start a new run with a "
                          f"lower --learning_rate")
@@ -336,7 +344,7 @@ def train(args):
     result["seconds"] = round(saved["seconds"] + time.perf_counter() - began)
     save(out_dir / "result.json", result, write_json)
     print("validation", SCORES.format(**result) + f"; {result['seconds']} s in total")
-    print(f"\nTo look at the model, run: python sample.py --ckpt {out_dir / 'ckpt.pt'}")
+    print(f"\nTo generate text or show the gates, run: python sample.py --ckpt {out_dir / 'ckpt.pt'}")
     if not corpus.new_tokens:       # with chains, there is nothing to generate
         return
     print(corpus.prompt, end="")
