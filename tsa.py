@@ -194,7 +194,7 @@ class Block(nn.Module):
         if is_open.all():       # no token skips, so run the plain block, scaled if the gate is a scale
             return self(x, None if gate.dtype == torch.bool else gate, cache)
         h = self.ln1(x)
-        kv = self.attn.keys_values(h, cache)        # for all tokens: others attend to those that skip
+        kv = self.attn.keys_values(h, cache)        # for all tokens, because others attend to those that skip
         n = is_open.sum(1).max().item()     # the largest number of open gates in any sequence
         if n == 0:
             return x
