@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -613,7 +612,7 @@ def test_interrupted_run_resumes_to_the_bit(run_train, tmp_path, monkeypatch):
         write(contents, path)
         if contents["step"] == 40:
             path.write_bytes(path.read_bytes()[:1000])
-            signal.raise_signal(signal.SIGINT)
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", interrupted)
