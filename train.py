@@ -163,7 +163,7 @@ def load_checkpoint(path, device="cpu"):
         sys.exit(f"cannot read {path} ({error.strerror}): --resume takes the folder of a run, --ckpt a ckpt.pt")
     except ValueError as error:     # for example, a gate design that is no longer in tsa.py
         sys.exit(f"{path}: {error}")
-    except Exception:       # many kinds, and torch's own message recommends an unsafe load
+    except Exception:       # torch raises many kinds, and its own message recommends an unsafe load
         sys.exit(f"{path} is damaged or was not written by this version of train.py")
     return model.to(device).eval(), saved
 
