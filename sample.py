@@ -1,10 +1,8 @@
 """
-Inspect a trained model.
+Inspect a trained model:
 
-    python sample.py            generate text; the color of a character shows the depth at which it was predicted
-    python sample.py --map      show which tokens ran which blocks
-
-Only the checkpoint is needed: it holds the configuration, the vocabulary, the weights and an example text.
+    python sample.py                            generate text; colors show at which depth each character was predicted
+    python sample.py report/chain-halt.pt       show what the model predicts for each token after each block
 """
 import argparse
 import os
@@ -16,28 +14,27 @@ from pathlib import Path
 import torch
 
 import data
-from train import load_checkpoint, pick_device, positive_int
-from tsa import MODES, default_mode, generate, macs_saved, tlops_saved
+from train import COUNT, between, load_checkpoint, pick_device, user_errors
+from tsa import generate, savings
 
-BUNDLED = Path(__file__).resolve().parent / "report" / "halt.pt"
+SHIPPED = Path(__file__).resolve().parent / "report" / "text-halt.pt"
 COLORS = (153, 159, 157, 229, 223, 217)     # terminal backgrounds, from blue (shallow, closed) to red (deep, open)
-SHADES = " .:-=+*#%@"                       # used without colors: one character for each 0.1 of the gate
 
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(prog="sample.py", usage=argparse.SUPPRESS,
-                                     description="Generate text with a trained model, or show its gates.")
+                                     description="Generate text with a trained model, or show its predictions.")
     add = parser.add_argument
-    add("--ckpt", type=Path, help="checkpoint; by default the newest out/*/ckpt.pt, or report/halt.pt if there is none")
-    add("--prompt", help="text to continue, or to show with --map; by default from the checkpoint")
-    add("--max_new_tokens", type=positive_int, help="tokens to generate; by default 500, or one answer for a task")
-    add("--temperature", type=float, default=0.8, help="0 always picks the most likely token (default: 0.8)")
-    add("--top_k", type=positive_int, help="sample from the k most likely tokens; by default from all")
-    add("--seed", type=int, default=0, help="random seed (default: 0)")
+    add("ckpt", type=Path, nargs="?", help="checkpoint; by default the newest out/*/ckpt.pt, or report/text-halt.pt")
+    add("--map", action="store_true", help="show the prediction for each token of the prompt after each block")
+    add("--prompt", help="text to continue or to map; by default from the checkpoint")
+    add("--sparse", action=argparse.BooleanOptionalAction,
+        help="skip the blocks whose inference gate is 0; the default, except for tsa, which is not trained that way")
+    add("--max_new_tokens", type=COUNT, default=500, help="tokens to generate (default: 500)")
+    add("--temperature", type=between(0.0, 100.0), default=0.8, help="0: the most likely token (default: 0.8)")
+    add("--top_k", type=COUNT, help="sample from the k most likely tokens; by default from all")
+    add("--seed", type=between(0, 2**63 - 1), default=0, help="random seed (default: 0)")
     add("--device", default="auto", help="cpu, cuda, mps ...; by default the best one available")
-    add("--mode", choices=MODES, help="trained: the training gates; executed: the inference gates; by default "
-                                      "executed, or trained for the paper's soft gate")
-    add("--map", action="store_true", help="show the gates of the prompt instead of continuing it")
     return parser.parse_args(argv)
 
 
@@ -46,75 +43,91 @@ def is_colored():
 
 
 def paint(text, share):
-    """Return the text in black on a background from blue (share 0) to red (share 1)."""
-    level = round(share * (len(COLORS) - 1))
-    return f"\033[30;48;5;{COLORS[min(max(level, 0), len(COLORS) - 1)]}m{text}\033[0m"
+    """In a terminal, put the text on a background from blue (share 0) to red (share 1)."""
+    if not is_colored():
+        return text
+    level = round(min(max(share, 0), 1) * (len(COLORS) - 1))
+    return f"\033[30;48;5;{COLORS[level]}m{text}\033[0m"
 
 
-def write_text(model, saved, idx, args, mode):
-    """Print the continuation of idx (1, T). Without colors, digits below it show the depths (9 means 9 or more)."""
-    vocab, L, colored = saved["vocab"], model.config.n_layer, is_colored()
-    prompt = "".join(vocab[i] for i in idx[0].tolist())
-    n = args.max_new_tokens or saved["new_tokens"]
-    print(prompt, end="", flush=True)
-    digits = " " * len(prompt.rpartition("\n")[2])
-    ran, depth_sum, began = torch.zeros(L), 0, time.perf_counter()
-    torch.manual_seed(args.seed)
-    for idx_next, gates in generate(model, idx, n, args.temperature, args.top_k, mode):
-        c, depth = vocab[idx_next.item()], gates.sum().item()      # the number of blocks that ran, if gates are 0 or 1
-        ran += (gates[:, 0] != 0).cpu()
-        depth_sum += depth
-        digits += str(min(round(depth), 9))
-        print(paint(c, (depth - 1) / max(L - 1, 1)) if colored and c != "\n" else c, end="", flush=True)
-        if c == "\n":
-            print("" if colored else digits + "\n", end="")
-            digits = ""
-    print("" if colored else "\n" + digits)
-    ran, seconds = (ran / n).tolist(), time.perf_counter() - began
-    print(f"{n} tokens, {n / seconds:.0f} per second, mean depth {depth_sum / n:.2f} of {L}, saving "
-          f"{tlops_saved(ran):.1%} of token-layer operations and {macs_saved(model.config, ran, decode=True):.1%} of "
-          f"multiply-adds", file=sys.stderr)
+def summary(model, ran, sparse, T, decode):
+    """The closing line: what was computed, and what that saved."""
+    L = model.config.n_layer
+    if not sparse:
+        return f"full: all {L} blocks were computed for every token; --sparse skips blocks whose inference gate is 0"
+    tlops, macs = savings(model.config, ran, T, decode)
+    return (f"sparse: {sum(ran):.2f} of {L} blocks were computed per token, saving {tlops:.1%} of token-layer "
+            f"operations and {macs:.1%} of multiply-adds")
+
+
+def write_text(model, vocab, idx, args, sparse):
+    """Print the continuation of idx (1, T)."""
+    L, n, ran, began = model.config.n_layer, args.max_new_tokens, 0, time.perf_counter()
+    print("".join(vocab[i] for i in idx[0]), end="")
+    for idx_next, gates in generate(model, idx, n, args.temperature, args.top_k, sparse):
+        c, depth = vocab[idx_next], gates.sum().item()      # the number of blocks that ran, if gates are 0 or 1
+        ran = ran + (gates[:, 0] != 0).cpu() / n
+        print(c if c == "\n" else paint(c, (depth - 1) / max(L - 1, 1)), end="", flush=True)
+    print()
+    print(f"{n} tokens, {n / (time.perf_counter() - began):.0f} per second;",
+          summary(model, ran.tolist(), sparse, None, decode=True), file=sys.stderr)
 
 
 @torch.inference_mode()
-def write_map(model, saved, idx, mode):
-    """Print the gates of idx (1, T): a row per block, the last block on top, and a column per token."""
-    gates, T = model(idx, mode)[1][:, 0], idx.size(1)                                      # (L, T)
-    chars = "".join(saved["vocab"][i] for i in idx[0].tolist()).replace("\n", "⏎")
-    width = max(shutil.get_terminal_size().columns - len("block 0  "), 1)
+def write_map(model, vocab, idx, sparse, answers):
+    """
+    Print a row per block, the last on top, and a column per token of idx (1, T). A cell shows the character that the
+    model would predict after that block, and is blank if the token skipped it. Below `answers`, if there are any, wrong
+    predictions are marked.
+    """
+    outputs, L, T = [], model.config.n_layer, idx.size(1)
+    for block in model.blocks:
+        block.register_forward_hook(lambda block, args, x: outputs.append(x))
+    logits, gates = model(idx, sparse)
+    norms = [*getattr(model, "exit_norms", [model.ln_f] * (L - 1)), model.ln_f]
+    settled = [model.head(norm(x))[0].argmax(-1).tolist() for norm, x in zip(norms, outputs)]       # (L, T)
+    final, gates = logits[0].argmax(-1).tolist(), gates[:, 0]                              # (T,), (L, T)
+
+    def character(c):
+        return "⏎" if c == "\n" else c
+
+    width = max((shutil.get_terminal_size().columns - len("answer  ")) // 2, 1)
     for start in range(0, T, width):
-        for l in reversed(range(len(gates))):
-            row = gates[l, start:start + width].tolist()
-            cells = [paint(" ", g) if is_colored() else SHADES[min(max(int(10 * g), 0), 9)] for g in row]
-            print(f"block {l:<3}" + "".join(cells))
-        print("token    " + chars[start:start + width] + "\n")
-    print(f"mean depth {gates.sum(0).mean():.2f} of {len(gates)}", file=sys.stderr)
+        columns = range(start, min(start + width, T))
+        for l in reversed(range(L)):
+            cells = [character(vocab[settled[l][t]]) if gates[l, t] != 0 or not sparse else " " for t in columns]
+            print(f"block {l:<2}" + "".join(paint(f" {c}", gates[l, t].item()) for c, t in zip(cells, columns)))
+        print("token   " + "".join(f" {character(vocab[idx[0, t]])}" for t in columns))
+        if answers:
+            wrong = "\033[31m {}\033[0m" if is_colored() else "!{}"
+            marked = (f" {answers[t]}" if vocab[final[t]] == answers[t] else wrong.format(answers[t]) for t in columns)
+            print("answer  " + "".join(marked))
+        print()
+    print(summary(model, (gates != 0).double().mean(1).tolist(), sparse, T, decode=False), file=sys.stderr)
 
 
+@user_errors()
 def main(argv=None):
     args = parse_args(argv)
-    device = pick_device(args.device)
-    path = args.ckpt or max(Path("out").glob("*/ckpt.pt"), key=os.path.getmtime, default=BUNDLED)
-    model, saved = load_checkpoint(path, device)
-    mode = args.mode or default_mode(model.config)
-    shows_map = args.map or not saved["new_tokens"]        # with chains, there is nothing to generate
-    prompt = (saved["example"] if shows_map else saved["prompt"]) if args.prompt is None else args.prompt
+    path = args.ckpt or max(Path("out").glob("*/ckpt.pt"), key=os.path.getmtime, default=SHIPPED)
+    model, saved = load_checkpoint(path)
+    model, vocab = model.to(pick_device(args.device)), saved["vocab"]
+    sparse = model.config.model != "tsa" if args.sparse is None else args.sparse
+    shows_map = args.map or not saved["prompt"]             # for chains, there is nothing to generate
+    prompt = saved["example" if shows_map else "prompt"] if args.prompt is None else args.prompt
     if not prompt:
-        sys.exit("sample.py: --prompt is empty; give at least one character, or leave out the flag")
-    try:
-        idx = torch.tensor([data.encode(prompt, saved["vocab"])], device=device)           # (1, T)
-    except ValueError as error:
-        sys.exit(f"sample.py: --prompt: {error}")
-    print(f"{path}: {model.config.model} model, step {saved['step']}, gates as {mode}", file=sys.stderr)
-    if args.mode is None and mode == "trained":
-        print("The paper's soft gates are applied as trained, so nothing is skipped; --mode executed thresholds them.",
-              file=sys.stderr)
+        raise ValueError("--prompt is empty: give at least one character")
+    idx = torch.tensor([data.encode(prompt, vocab)], device=model.wte.weight.device)       # (1, T)
+    print(f"{path}: {model.config.model} model, step {saved['step']}", file=sys.stderr)
+    torch.manual_seed(args.seed)
     if shows_map:
-        write_map(model, saved, idx[:, :model.config.block_size], mode)
+        is_chain = vocab == data.DIGITS + data.LETTERS
+        write_map(model, vocab, idx, sparse, data.chain_answers(prompt) if is_chain else None)
     else:
-        write_text(model, saved, idx, args, mode)
+        write_text(model, vocab, idx, args, sparse)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")       # for terminals without Unicode
+    if hasattr(sys.stdout, "reconfigure"):          # notebooks have none
+        sys.stdout.reconfigure(errors="replace")    # for plain-ASCII terminals
     main()

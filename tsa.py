@@ -1,8 +1,9 @@
 """
-Token-Selective Attention: a character-level transformer in which a router decides for each token which blocks it runs.
+Token-Selective Attention (TSA): a character-level transformer in which a router decides, for every token, how much each
+block changes it.
 
 A from-scratch implementation of "Adaptive Computation Depth via Learned Token Routing in Transformers" (arXiv
-2605.05222). The idea is to give each token a gate for each block. The gate scales both updates of the token's state x:
+2605.05222). Each token has a gate for each block. The gate scales both updates of the token's state x:
 
     x = x + gate * attn(ln1(x))                                                       (1)
     x = x + gate * ffn(ln2(x))                                                        (2)
@@ -12,32 +13,27 @@ After every block but the last, a router computes from x the probability p that 
     p = sigmoid(W2 relu(W1 x + b1) + b2)                                              (3)
     gate = 1 - p                                                                      (4)
 
-A gate is either a scale (a float tensor) or a switch (a bool tensor). A token's gate is closed if it is 0 or False;
-then the token skips the block and keeps its x. Otherwise the gate is open. Other tokens still attend to the token's
-keys and values, so a skipped block is cheap, but not free.
+Nothing is sampled: the gate is computed from p. Every model runs in two ways:
 
-A model runs in one of two modes:
+    model(idx)                  full: every block is computed for every token, and scaled by the training gates
+    model(idx, sparse=True)     sparse: a token whose inference gate is 0 skips the block and keeps its x
 
-    "trained"     applies the training gates (early exit and halting have none) and computes every block for every token
-    "executed"    applies the inference gates and computes a block only for the tokens whose gate is open
+Other tokens still attend to the keys and values of a token that skips, so a skipped block is cheap, but not free.
 
 Shapes: B sequences of T tokens, C = n_embd channels, nh heads of size hs = C / nh, V characters, L blocks; S tokens in
 the KV cache, n tokens that run a block.
 """
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
 
-MODES = ("trained", "executed")
-
-
 @dataclass
 class Config:
     """The hyperparameters of a model. The defaults are the paper's for Tiny-Shakespeare."""
-    model: str = "tsa"          # dense, tsa, exit or halt
+    model: str = "tsa"          # a name in MODELS
     gate: str = "soft"          # tsa: a name in GATES
     gate_bias: float = -1.0     # tsa, halt: initial b2 of equation (3); at -1 the gates start near 0.73
     threshold: float = 0.5      # tsa, halt: skip or halt above this p; exit: exit above this confidence
@@ -49,22 +45,20 @@ class Config:
     dropout: float = 0.1
 
     def __post_init__(self):
-        if self.model not in MODELS:
-            raise ValueError(f"unknown model {self.model!r}: choose one of {', '.join(MODELS)}")
-        if self.model == "tsa" and self.gate not in GATES:
-            raise ValueError(f"unknown gate {self.gate!r}: choose one of {', '.join(GATES)}")
+        for name, known in (("model", MODELS), ("gate", GATES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
-        # Every model except dense needs a block that it can skip. Early exit always runs the first two.
-        min_layers = {"dense": 1, "exit": 3}.get(self.model, 2)
+        min_layers = {"plain": 1, "exit": Exit.FIRST + 2}.get(self.model, 2)        # one block must be skippable
         if self.n_layer < min_layers:
             raise ValueError(f"model {self.model!r} needs n_layer {min_layers} or more")
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Gate designs: the place to experiment. A design is a pair of functions of the router's probability p (B, T) and the
-# threshold. The first returns the gate for training, the second the gate for inference. For a scale, return floats. For
-# a switch, return bools at inference, and in training floats through which a gradient flows.
+# Gate designs: the place to experiment. A design is a pair of functions of the router's p (B, T) and the threshold. The
+# first returns the gate for training, the second the gate for inference. Both return floats; a gradient must flow
+# through the first.
 
 def soft(p, threshold):
     """The paper's gate in training, equation (4): a scale."""
@@ -72,10 +66,10 @@ def soft(p, threshold):
 
 def binary(p, threshold):
     """The paper's gate at inference: a switch."""
-    return p <= threshold
+    return (p <= threshold).float()
 
 def skip(p, threshold):
-    """Like the soft scale, except that tokens whose p exceeds the threshold skip. Use a threshold near 0.9."""
+    """Like the soft gate, except that tokens whose p exceeds the threshold skip. Use a threshold near 0.9."""
     return (1 - p) * (p <= threshold)
 
 GATES = {"soft": (soft, binary), "skip": (soft, skip)}      # name: (training gate, inference gate)
@@ -100,22 +94,7 @@ class Router(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# The block, computed for all tokens or only for those whose gate is open
-
-class KV:
-    """The KV cache of one block. It holds the keys and values of all tokens, including those that skipped the block."""
-
-    def __init__(self, batch_size, config, like):       # like: a tensor with the device and dtype of the cache
-        self.kv = like.new_empty(batch_size, config.block_size, 2 * config.n_embd)
-        self.length = 0
-
-    def append(self, kv):
-        """Append kv (B, T, 2C) of T new tokens; return the keys and values of all S tokens so far (B, S, 2C)."""
-        T = kv.size(1)
-        self.kv[:, self.length:self.length + T] = kv
-        self.length += T
-        return self.kv[:, :self.length]
-
+# The block
 
 class Attention(nn.Module):
     """Causal multi-head attention without biases. Queries may come from only some tokens, keys and values from all."""
@@ -123,30 +102,34 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         C = config.n_embd
-        self.n_head, self.dropout = config.n_head, config.dropout
+        self.n_head, self.block_size, self.dropout = config.n_head, config.block_size, config.dropout
         self.query = nn.Linear(C, C, bias=False)            # a token that skips the block needs none
         self.key_value = nn.Linear(C, 2 * C, bias=False)
         self.proj = nn.Linear(C, C, bias=False)
-        causal = torch.ones(config.block_size, config.block_size, dtype=torch.bool).tril()
-        self.register_buffer("causal", causal, persistent=False)       # causal[i, j]: may token i attend to token j?
 
     def keys_values(self, h, cache=None):
         """h (B, T, C) -> keys and values (B, T, 2C); with a cache, those of all S tokens so far (B, S, 2C)."""
         kv = self.key_value(h)
-        return kv if cache is None else cache.append(kv)
+        if cache is None:
+            return kv
+        B, T, _ = kv.shape
+        buffer, start = cache[self] if self in cache else (kv.new_empty(B, self.block_size, kv.size(-1)), 0)
+        buffer[:, start:start + T] = kv
+        cache[self] = buffer, start + T
+        return buffer[:, :start + T]
 
     def forward(self, h, kv, at=None):
         """
-        Queries from the tokens h (B, n, C), keys and values kv (B, S, 2C) -> (B, n, C). `at` (B, n) gives the position
-        of each query. Without it, h must hold all S tokens in order, or only the newest one.
+        Queries from h (B, n, C), keys and values kv (B, S, 2C) -> (B, n, C). `at` (B, n) gives the positions of the
+        queries. Without it, h must hold all S tokens in order, or only the newest one.
         """
         B, n, C = h.shape
         q = self.query(h).view(B, n, self.n_head, -1).transpose(1, 2)                      # (B, nh, n, hs)
-        k, v = kv.view(B, -1, 2, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)     # (B, nh, S, hs)
-        mask = None if at is None else self.causal[at, :k.size(2)].unsqueeze(1)            # (B, 1, n, S)
+        k, v = kv.view(B, -1, 2, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)     # (B, nh, S, hs) each
+        # A query at position i attends to the keys at positions 0 to i.
+        mask = None if at is None else at[:, None, :, None] >= torch.arange(k.size(2), device=at.device)
         dropout_p = self.dropout if self.training else 0.0
-        is_causal = at is None and n > 1        # a single query comes from the newest token, so it needs no mask
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=at is None and n > 1)
         return self.proj(y.transpose(1, 2).flatten(2))
 
 
@@ -157,10 +140,11 @@ class FeedForward(nn.Module):
         super().__init__()
         self.fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.proj = nn.Linear(4 * config.n_embd, config.n_embd)
-        self.drop = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
 
     def forward(self, x):
-        return self.drop(self.proj(self.drop(F.gelu(self.fc(x)))))
+        h = F.dropout(F.gelu(self.fc(x)), self.dropout, self.training)
+        return F.dropout(self.proj(h), self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -173,44 +157,38 @@ class Block(nn.Module):
         self.ln2 = nn.LayerNorm(config.n_embd)
         self.ffn = FeedForward(config)
 
-    def forward(self, x, gate=None, cache=None, source=None):
+    def forward(self, x, gate=None, sparse=False, cache=None, source=None):
         """
-        x (B, T, C), gate (B, T) -> (B, T, C). Without a gate, this is the plain block. Keys and values are computed
-        from `source` (B, T, C), which defaults to x; only Halt passes a different one.
+        x (B, T, C), gate (B, T) -> (B, T, C). Without a gate, this is the plain block. If sparse, gather the tokens
+        whose gate is not 0, compute only those, and scatter them back; the result is the same. Keys and values are
+        computed from `source` (B, T, C), which defaults to x; only Halt passes another.
         """
         h = self.ln1(x)
+        # Keys and values of all tokens, because others attend to those that skip.
         kv = self.attn.keys_values(h if source is None else self.ln1(source), cache)
         if gate is None:
             x = x + self.attn(h, kv)
             return x + self.ffn(self.ln2(x))
-        gate = gate.to(x.dtype).unsqueeze(-1)                                              # (B, T, 1)
-        x = x + gate * self.attn(h, kv)                                                    # equation (1)
-        return x + gate * self.ffn(self.ln2(x))                                            # equation (2)
 
-    def gathered(self, x, gate, cache=None):
-        """The result of forward, computed only for tokens whose gate is open: (B, T, C), (B, T) -> (B, T, C)."""
-        assert not self.training, "dropout would differ from forward's, so use gathered only in eval mode"
-        is_open = gate != 0
-        if is_open.all():       # no token skips, so run the plain block, scaled if the gate is a scale
-            return self(x, None if gate.dtype == torch.bool else gate, cache)
-        h = self.ln1(x)
-        kv = self.attn.keys_values(h, cache)        # for all tokens, because others attend to those that skip
-        n = is_open.sum(1).max().item()     # the largest number of open gates in any sequence
-        if n == 0:
-            return x
-        # Gather n tokens from each sequence. Each row of `at` lists the positions of open gates from left to right,
-        # then positions of closed gates as padding. Padding comes back unchanged, because its gate is 0.
-        #
-        #     gate  0 1 1 0    at  1 2    gate.gather(1, at)  1 1
-        #           1 0 0 0        0 1                        1 0    <- position 1 is padding
-        at = is_open.int().argsort(dim=1, descending=True, stable=True)[:, :n]             # (B, n) distinct positions
-        pick = at.unsqueeze(-1).expand(-1, -1, x.size(-1))                                 # (B, n, C)
-        y = x.gather(1, pick)                                                              # (B, n, C)
-        g = gate.gather(1, at).to(x.dtype).unsqueeze(-1)                                   # (B, n, 1)
-        # `at` selects rows of the causal mask. A single token (T = 1) is the newest one and needs no mask.
-        y = y + g * self.attn(h.gather(1, pick), kv, at if x.size(1) > 1 else None)        # equation (1)
-        y = y + g * self.ffn(self.ln2(y))                                                  # equation (2)
-        return x.scatter(1, pick, y)
+        at, x_all = None, x
+        if sparse:
+            assert not self.training, "skipping needs eval mode, because dropout would differ"
+            n = max(gate.count_nonzero(1).tolist())     # the largest number of open gates in any sequence
+            if n == 0:
+                return x
+            if n < x.size(1):
+                # Gather n tokens from each sequence. Each row of `at` lists the positions of open gates, then positions
+                # of closed gates as padding. Padding comes back unchanged, because its gate is 0.
+                #
+                #     gate  0 1 1 0    at  1 2    gate.gather(1, at)  1 1
+                #           1 0 0 0        0 1                        1 0    <- position 1 is padding
+                at = (gate != 0).int().argsort(dim=1, descending=True, stable=True)[:, :n]     # (B, n)
+                pick = at.unsqueeze(-1).expand(-1, -1, x.size(-1))                             # (B, n, C)
+                x, h, gate = x.gather(1, pick), h.gather(1, pick), gate.gather(1, at)
+        gate = gate.to(x.dtype).unsqueeze(-1)           # (B, T, 1), or (B, n, 1) if tokens were gathered
+        x = x + gate * self.attn(h, kv, at)                                                # equation (1)
+        x = x + gate * self.ffn(self.ln2(x))                                               # equation (2)
+        return x if at is None else x_all.scatter(1, pick, x)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -229,41 +207,44 @@ class Transformer(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)       # also the output head (tied)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         for embedding in (self.wte, self.wpe):
             nn.init.normal_(embedding.weight, std=0.02)
-        # As in GPT-2: x receives 2L updates, so each starts with 1 / (2L) of the variance. The other linear layers keep
-        # PyTorch's initialization.
+        # As in GPT-2: x receives 2L updates, so each update starts with 1 / (2L) of the variance. The other linear
+        # layers keep PyTorch's initialization.
         for block in self.blocks:
             for linear in (block.attn.proj, block.ffn.proj):
                 nn.init.normal_(linear.weight, std=0.02 / (2 * config.n_layer) ** 0.5)
 
-    def forward(self, idx, mode="trained", cache=None):
+    def forward(self, idx, sparse=False, cache=None):
         """
         idx (B, T) -> logits (B, T, V) and gates (L, B, T), both float32; the gate of a plain block counts as 1. `cache`
-        is a list of KV objects, one per block. The first call may pass any number of tokens, later calls only one.
+        is a dictionary, empty at first. The first call may pass any number of tokens, later calls only one.
         """
-        assert mode in MODES, mode
         x, gate, gates = self.embed(idx, cache), None, []
         for l, block in enumerate(self.blocks):
-            if l > 0:       # block 0 has no gate, because a token knows nothing about its context until it runs
-                gate = self.next_gate(l, x, gate, mode)
-            run = block.gathered if mode == "executed" and gate is not None else block
-            x = run(x, gate, None if cache is None else cache[l])
-            gates.append(torch.ones(idx.shape, device=idx.device) if gate is None else gate.float())
+            if l > 0:       # block 0 has no gate, because a token knows nothing about its context until it has run
+                gate = self.next_gate(l, x, gate, sparse)
+            x = block(x, gate, sparse, cache)
+            gates.append(torch.ones(idx.shape, device=idx.device) if gate is None else gate)
         gates = torch.stack(gates)
         return self.predict(x, gates), gates
 
     def embed(self, idx, cache=None):
         """Embed idx (B, T) as (B, T, C), at the positions that follow those in the cache."""
-        start, T = cache[0].length if cache else 0, idx.size(1)
+        start, T = cache[self.blocks[0].attn][1] if cache else 0, idx.size(1)
         assert start == 0 or T == 1, "once the cache holds tokens, it accepts one token at a time"
-        return self.drop(self.wte(idx) + self.wpe.weight[start:start + T])
+        if not 0 < start + T <= self.config.block_size:
+            raise ValueError(f"{start + T} tokens: the model accepts 1 to {self.config.block_size} (block_size)")
+        x = self.wte(idx) + self.wpe.weight[start:start + T]
+        return F.dropout(x, self.config.dropout, self.training)
 
-    def next_gate(self, l, x, gate, mode):
-        """Compute the gate (B, T) of block l from the output and the gate of block l - 1; None means a plain block."""
+    def next_gate(self, l, x, gate, sparse):
+        """
+        The gate (B, T) of block l, from the output x (B, T, C) and the gate of block l - 1, because a token that has
+        stopped stays stopped. None means a plain block.
+        """
         return None
 
     def predict(self, x, gates):
@@ -286,9 +267,9 @@ class TSA(Transformer):
         super().__init__(config)
         self.routers = nn.ModuleList(Router(config) for _ in range(config.n_layer - 1))
 
-    def next_gate(self, l, x, gate, mode):
-        in_training, at_inference = GATES[self.config.gate]
-        make_gate = in_training if mode == "trained" else at_inference
+    def next_gate(self, l, x, gate, sparse):
+        training_gate, inference_gate = GATES[self.config.gate]
+        make_gate = inference_gate if sparse else training_gate
         return make_gate(self.routers[l - 1](x), self.config.threshold)
 
 
@@ -298,37 +279,36 @@ class TSA(Transformer):
 class Exit(Transformer):
     """
     Early exit (Elbayad et al. 2020, arXiv 1910.10073), the paper's baseline. In training, every token runs all blocks,
-    and the model predicts after each, with a LayerNorm per block and the tied head. At inference a token exits as soon
-    as its largest softmax probability exceeds the threshold, but, as in the paper, never before block 1 has run. Its
-    prediction uses the LayerNorm of the block after which it exits.
+    and the model predicts after each, with a LayerNorm per block and the tied head. In a sparse pass, a token exits as
+    soon as its largest softmax probability exceeds the threshold, and is predicted with the LayerNorm of that block.
     """
+    FIRST = 1       # the first block after which a token may exit (paper, section 1)
 
     def __init__(self, config):
         super().__init__(config)
-        # One LayerNorm per block but the last, which has ln_f; that of block 0 is used only in training.
+        # One LayerNorm per block but the last, which has ln_f. Those before FIRST are used only in training.
         self.exit_norms = nn.ModuleList(nn.LayerNorm(config.n_embd) for _ in range(config.n_layer - 1))
 
-    def next_gate(self, l, x, gate, mode):
-        if mode == "trained" or l == 1:
+    def next_gate(self, l, x, gate, sparse):
+        if not sparse or l - 1 < self.FIRST:
             return None
         confidence = F.softmax(self.head(self.exit_norms[l - 1](x)), dim=-1).amax(-1)      # (B, T)
         unsure = confidence <= self.config.threshold
-        return unsure if gate is None else gate & unsure
+        return unsure.float() if gate is None else gate * unsure
 
     def predict(self, x, gates):
-        h, last = self.ln_f(x), gates.sum(0) - 1        # the last block that each token ran (B, T)
+        h, last = self.ln_f(x), gates.sum(0) - 1        # gates are 1, then 0: the last block that each token ran (B, T)
         for l, norm in enumerate(self.exit_norms):
             h = torch.where((last == l).unsqueeze(-1), norm(x), h)
         return self.head(h)
 
     def loss(self, idx, targets):
         """Return the mean of the cross-entropies after each of the L blocks (paper, section 1) and gates of 1."""
-        x, total = self.embed(idx), 0
+        x, total, L = self.embed(idx), 0, len(self.blocks)
         for block, norm in zip(self.blocks, [*self.exit_norms, self.ln_f]):
             x = block(x)
             total = total + token_loss(self.head(norm(x)), targets).sum()
-        gates = torch.ones(len(self.blocks), *idx.shape, device=idx.device)
-        return total / len(self.blocks) / (targets >= 0).sum(), gates
+        return total / L / (targets >= 0).sum(), torch.ones(L, *idx.shape, device=idx.device)
 
 
 class Halt(Transformer):
@@ -343,8 +323,9 @@ class Halt(Transformer):
       - BARRIER     * sum over l < L-1 of log(p_l (1-p_l))  keep p from sticking at 0 or 1
       + lam         * mean of survive_l over l > 0          depth penalty (added in train.py)                   (5)
 
-    The first three terms are means over the scored tokens, the last two are means over all tokens.
-    The first term is the expected loss of PonderNet (Banino et al. 2021, arXiv 2107.05407).
+    The first three terms are means over the scored tokens, the last two over all tokens. The first is the expected loss
+    of PonderNet (Banino et al. 2021, arXiv 2107.05407). In a sparse pass, a token halts at the first p above the
+    threshold. One LayerNorm, ln_f, serves all blocks: a LayerNorm per block, as in Exit, gains less than 0.2%.
     """
     HALT_SHARE, EVERY_SHARE, LAST_SHARE, BARRIER = 0.2, 0.05, 0.75, 1e-4
 
@@ -352,88 +333,84 @@ class Halt(Transformer):
         super().__init__(config)
         self.routers = nn.ModuleList(Router(config) for _ in range(config.n_layer - 1))
 
-    def next_gate(self, l, x, gate, mode):
-        if gate is not None and not gate.any():
-            return gate         # all tokens have halted, so the router need not run
+    def next_gate(self, l, x, gate, sparse):
         continues = self.routers[l - 1](x) <= self.config.threshold
-        return continues if gate is None else gate & continues
+        return continues.float() if gate is None else gate * continues
 
-    def all_depths(self, idx, cache=None):
-        """Run as in training and yield, for each block, its output x (B, T, C), survive and the logit of p (B, T)."""
-        x = self.embed(idx, cache)
-        # In training every token runs all blocks, even past the point where it would halt, so that every depth gets a
-        # loss. As at inference, keys and values are computed from `frozen`: the token's current x until it would halt,
-        # and from then on the x with which it would halt.
-        frozen, running = x, torch.ones(idx.shape, dtype=torch.bool, device=idx.device)
+    def run_all(self, idx, cache=None):
+        """
+        Run every block for every token, even past the point where it would halt, so that every depth gets a loss. Yield
+        each block's output x (B, T, C), survive (B, T) and the logit of p (B, T).
+        """
+        # Keys and values are computed from `kept`, as in a sparse pass: x while the token runs, and from then on the x
+        # with which it would halt. Three tokens a, b and c, where a would halt after block 0, b after block 1, and a1
+        # is the x of token a after block 1:
+        #
+        #     block             0          1          2          3
+        #     x           ->    a0 b0 c0   a1 b1 c1   a2 b2 c2   a3 b3 c3      queries, and the losses
+        #     kept        ->    a0 b0 c0   a0 b1 c1   a0 b1 c2   a0 b1 c3      keys and values of the next block
+        #     running     ->    0  1  1    0  0  1    0  0  1    0  0  0
+        x = kept = self.embed(idx, cache)
         survive = torch.ones(idx.shape, device=idx.device)
+        running = torch.ones(idx.shape, device=idx.device, dtype=torch.bool)
         for l, block in enumerate(self.blocks):
-            x = block(x, None, None if cache is None else cache[l], source=frozen)
-            frozen = torch.where(running.unsqueeze(-1), x, frozen)      # a token that halts now keeps this x
-            is_last = l == len(self.routers)        # the last block has no router: p = sigmoid(inf) = 1
-            logit = torch.full_like(survive, torch.inf) if is_last else self.routers[l].logit(x)
+            x = block(x, cache=cache, source=kept)
+            kept = torch.where(running.unsqueeze(-1), x, kept)
+            # The last block has no router: p = sigmoid(inf) = 1.
+            logit = self.routers[l].logit(x) if l < len(self.routers) else torch.full_like(survive, torch.inf)
             yield x, survive, logit
             p = torch.sigmoid(logit)
-            survive = survive * (1 - p)
-            running = running & (p <= self.config.threshold)
+            survive, running = survive * (1 - p), running & (p <= self.config.threshold)
 
-    def forward(self, idx, mode="trained", cache=None):
-        """In mode "trained", logits come from the last block for every token, and survive (L, B, T) serves as gates."""
-        if mode == "executed":
-            return super().forward(idx, mode, cache)
-        outputs, survives, _ = zip(*self.all_depths(idx, cache))
+    def forward(self, idx, sparse=False, cache=None):
+        """
+        In a full pass no update is scaled: logits come from the last block, and in place of gates survive (L, B, T) is
+        returned, the probability that the token reaches the block.
+        """
+        if sparse:
+            return super().forward(idx, sparse, cache)
+        outputs, survives, _ = zip(*self.run_all(idx, cache))
         return self.head(self.ln_f(outputs[-1])), torch.stack(survives)
 
     def loss(self, idx, targets):
-        """Equation (5) without its last line, which train.py adds; survive (L, B, T) serves as gates."""
-        L, total, barrier, survives = self.config.n_layer, 0, 0, []
-        for l, (x, survive, logit) in enumerate(self.all_depths(idx)):
-            weight = self.HALT_SHARE * survive * torch.sigmoid(logit)
-            if l > 0:
-                weight = weight + self.EVERY_SHARE / (L - 1)
-            if l == L - 1:
-                weight = weight + self.LAST_SHARE
-            else:       # log(p (1 - p)), computed from the logit because p may round to 0 or 1
-                barrier = barrier + (F.logsigmoid(logit) + F.logsigmoid(-logit)).mean()
-            total = total + (weight * token_loss(self.head(self.ln_f(x)), targets)).sum()
-            survives.append(survive)
-        return total / (targets >= 0).sum() - self.BARRIER * barrier, torch.stack(survives)
+        """Equation (5) without its last line, which train.py adds, and survive (L, B, T)."""
+        outputs, survives, logits = zip(*self.run_all(idx))
+        survive, logits, L = torch.stack(survives), torch.stack(logits), len(outputs)      # (L, B, T)
+        l = torch.arange(L, device=idx.device).view(L, 1, 1)
+        # The routers learn here: survive and p are not detached, so the gradient of this share and of the depth penalty
+        # moves p. The other two shares are constants.
+        weight = (self.HALT_SHARE * survive * torch.sigmoid(logits) + self.EVERY_SHARE / (L - 1) * (l > 0)
+                  + self.LAST_SHARE * (l == L - 1))                                        # (L, B, T)
+        losses = torch.stack([token_loss(self.head(self.ln_f(x)), targets) for x in outputs])
+        # log(p (1 - p)), from the logit because p may round to 0 or 1
+        barrier = (F.logsigmoid(logits[:-1]) + F.logsigmoid(-logits[:-1])).mean((1, 2)).sum()
+        return (weight * losses).sum() / (targets >= 0).sum() - self.BARRIER * barrier, survive
 
 
-MODELS = {"dense": Transformer, "tsa": TSA, "exit": Exit, "halt": Halt}
-
-
-def build(config):
-    return MODELS[config.model](config)
+MODELS = {"plain": Transformer, "tsa": TSA, "exit": Exit, "halt": Halt}
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Generation
-
-def default_mode(config):
-    """Return "executed", or "trained" for the soft gate, because training never thresholds it."""
-    return "trained" if config.model == "tsa" and config.gate == "soft" else "executed"
-
+# Generation, and what skipping saves
 
 @torch.inference_mode()
-def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, mode=None):
+def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, sparse=True):
     """
     Continue idx (B, T). For each new token, yield idx_next (B, 1) and the gates (L, B) of the token that predicted it.
     Temperature 0 picks the most likely token. After the prompt, each step processes one token per sequence. When the
     text outgrows the context, its last block_size // 2 tokens are processed again, from position 0.
     """
     model.eval()
-    block_size, cache, new = model.config.block_size, None, idx
-    mode = mode or default_mode(model.config)
+    block_size, cache, new = model.config.block_size, {}, idx
     for _ in range(max_new_tokens):
         if idx.size(1) > block_size:
             new = idx = idx[:, -max(block_size // 2, 1):]
-            cache = None
-        cache = cache or [KV(len(idx), model.config, model.wte.weight) for _ in model.blocks]
-        logits, gates = model(new, mode, cache)
+            cache = {}
+        logits, gates = model(new, sparse, cache)
         logits = logits[:, -1]                                                             # (B, V)
         if top_k is not None:
-            least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-            logits = logits.masked_fill(logits < least, -torch.inf)
+            values, best = logits.topk(min(top_k, logits.size(-1)))                        # (B, top_k)
+            logits = torch.full_like(logits, -torch.inf).scatter(1, best, values)
         if temperature < 1e-4:      # 0, or too small to divide by
             idx_next = logits.argmax(-1, keepdim=True)
         else:
@@ -442,39 +419,24 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, mode=None)
         yield idx_next, gates[:, :, -1]
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# What skipping saves. In these functions, ran[l] is the share of tokens that ran block l.
-
-def tlops_saved(ran):
+def savings(config, ran, T=None, decode=False):
     """
-    The share of token-layer operations (one token running one block) that was saved. If ran[0] = 1 and alpha is the
-    mean of ran[1:], this is 1 - (1 + (L-1) alpha) / L (paper, section 1).
+    The shares of token-layer operations (one token running one block; the paper's unit) and of multiply-adds that are
+    saved relative to the plain model, if a share ran[l] of the tokens runs block l: in a prefill of T tokens (by
+    default a full window) or, with decode=True, in generating T tokens one by one. All matrix products are counted, but
+    not the padding of gathered tokens. The second share is negative if the overhead exceeds the saving.
     """
-    return 1 - sum(ran) / len(ran)
-
-
-def multiply_adds(config, ran, T=None, decode=False):
-    """
-    Multiply-adds per token in all matrix products: for a prefill of T tokens (by default a full window) or, with
-    decode=True, for generating one sequence token by token. A block that ran for every token counts as a plain block.
-    The padding of the gathered block is not counted.
-    """
-    C, T, total = config.n_embd, T or config.block_size, 0
+    C, L, T = config.n_embd, len(ran), T or config.block_size
+    head = C * config.vocab_size
+    plain = used = 0
     for share in ran:
-        # Each key that a query attends to costs 2 C: C for the score and C for the value. The plain block's causal
-        # kernel skips future keys, which leaves T / 2 on average. Decoding also averages T / 2, as its cache grows to
-        # T. The gathered block's masked kernel multiplies all T keys.
-        attention = (T / 2 if share == 1 or decode else T) * 2 * C
-        total += 2 * C * C                              # keys and values, for all tokens
-        total += share * (10 * C * C + attention)       # query, output projection, feed-forward (2 + 8 C^2), attention
-    routers = len(ran) - 1 if config.model in ("tsa", "halt") else 0
-    if config.model == "halt" and decode:
-        routers = sum(ran[:-1])     # in decoding, router l runs only if the token ran block l
-    heads = len(ran) - 1 if config.model == "exit" else 1       # early exit predicts after each block but the first
-    return total + routers * (C + 1) * max(C // 4, 16) + heads * C * config.vocab_size
-
-
-def macs_saved(config, ran, T=None, decode=False):
-    """The share of the plain model's multiply-adds that was saved; negative if the overhead exceeds the saving."""
-    plain = multiply_adds(replace(config, model="dense"), [1] * len(ran), T, decode)
-    return 1 - multiply_adds(config, ran, T, decode) / plain
+        # A query costs 2C for each key: C for the score and C for the value. The causal kernel, and a cache that grows
+        # to T, leave T / 2 keys on average. The masked kernel of gathered tokens multiplies all T.
+        keys = T / 2 if share == 1 or decode else T
+        plain += 12 * C * C + T / 2 * 2 * C
+        used += 2 * C * C                                   # keys and values, for all tokens
+        used += share * (10 * C * C + keys * 2 * C)         # query, output projection, feed-forward; attention
+    if config.model in ("tsa", "halt"):
+        used += (L - 1) * (C + 1) * max(C // 4, 16)         # routers
+    predictions = L - Exit.FIRST if config.model == "exit" else 1
+    return 1 - sum(ran) / L, 1 - (used + predictions * head) / (plain + head)

@@ -1,25 +1,25 @@
 """
 Score a trained model in more detail than train.py does:
 
-    python -m report.depth out/tsa-soft/ckpt.pt --gate skip --threshold 0.9
+    python -m report.depth out/tsa-1/ckpt.pt --gate skip --threshold 0.9
 
-For each threshold, score the whole split as trained and as executed: both losses, both savings, the accuracy, and the
-loss with permuted gates (each token gets the gates of the token at the same position in another sequence). If that loss
-hardly differs, it hardly matters which token gets which gates. For chains, also report accuracy and mean depth by
-number of hops. The rows are added to scores.json next to the checkpoint.
+For each threshold, score the whole split full and sparse: both losses, both savings, the accuracy, and the losses with
+permuted gates (each token gets the gates of the token at the same position in another sequence). If those hardly
+differ, it hardly matters which token gets which gates. For chains, also report accuracy and blocks run by number of
+hops. The rows are added to scores.json next to the checkpoint. --histogram draws the gates of a full pass.
 """
 import argparse
 import contextlib
 import json
 import math
-import sys
 from pathlib import Path
 
 import torch
 
 import data
-from train import load_checkpoint, pick_device, save, write_json
-from tsa import GATES, macs_saved, tlops_saved, token_loss
+from report.variants import VARIANTS
+from train import SHARE, load_checkpoint, pick_device, user_errors
+from tsa import GATES, savings, token_loss
 
 
 @contextlib.contextmanager
@@ -27,8 +27,8 @@ def replay(model, gates):
     """Let block l run with gates[l] (B, T). The model's own gates are still computed, so that the cost is the same."""
     own = model.next_gate
 
-    def next_gate(l, x, gate, mode):
-        own(l, x, gate, mode)
+    def next_gate(l, x, gate, sparse):
+        own(l, x, gate, sparse)
         return gates[l]
 
     model.next_gate = next_gate
@@ -37,7 +37,7 @@ def replay(model, gates):
 
 
 @torch.inference_mode()
-def run(model, windows, mode, gates=None, batch_size=64):
+def run(model, windows, sparse, gates=None, batch_size=64):
     """
     Windows idx, targets (n, T) -> the loss of each token (n, T), whether its prediction was correct (n, T), and the
     gates (L, n, T). If gates are given, they replace the model's own.
@@ -46,7 +46,7 @@ def run(model, windows, mode, gates=None, batch_size=64):
     for i, (x, y) in enumerate(zip(*(tokens.split(batch_size) for tokens in windows))):
         given = None if gates is None else gates[:, i * batch_size:(i + 1) * batch_size]
         with contextlib.nullcontext() if given is None else replay(model, given):
-            logits, used = model(x, mode)
+            logits, used = model(x, sparse)
         parts.append((token_loss(logits, y), logits.argmax(-1) == y, used))
     losses, right, used = zip(*parts)
     return torch.cat(losses), torch.cat(right), torch.cat(used, dim=1)
@@ -70,17 +70,15 @@ def hops_of(idx):
 
 def by_hops(idx, right, gates):
     """
-    One row per number of hops: the number of tokens, their accuracy, the mean number of blocks they ran, the number
-    that suffices, how many tokens ran fewer, and how many of those were correct. A token that is attended to has itself
-    made hops, so l blocks can make up to 2^l - 1 hops.
+    One row per number of hops: the number of tokens, their accuracy, the number of blocks that suffice, and how many
+    tokens ran 1, 2, ... L blocks. A token that is attended to has itself made hops, so l blocks can make up to 2^l - 1.
     """
-    hops, used, rows = hops_of(idx), gates.sum(0), []
+    hops, depth, rows = hops_of(idx), (gates != 0).sum(0), []
     for h in hops.unique().tolist():
-        here, needed = hops == h, max(1, math.ceil(math.log2(h + 1)))
-        early = here & (used < needed)
+        here = hops == h
         rows.append({"hops": h, "n": here.sum().item(), "accuracy": right[here].float().mean().item(),
-                     "used": used[here].mean().item(), "needed": needed,
-                     "early": early.sum().item(), "early_right": right[early].sum().item()})
+                     "suffices": max(1, math.ceil(math.log2(h + 1))),
+                     "blocks": torch.bincount(depth[here], minlength=len(gates) + 1)[1:].tolist()})
     return rows
 
 
@@ -88,53 +86,73 @@ def score(model, windows, is_chain):
     """A row of scores.json, without split, gate and threshold."""
     config, n = model.config, (windows[1] >= 0).sum().item()
     torch.manual_seed(0)        # for permute_tokens
-    trained, _, gates = run(model, windows, "trained")
-    executed, right, used = run(model, windows, "executed")
+    full, _, gates = run(model, windows, sparse=False)
+    sparse, right, used = run(model, windows, sparse=True)
     ran = (used != 0).double().mean((1, 2)).tolist()
-    row = {"val_loss": trained.sum().item() / n,
-           "val_loss_executed": executed.sum().item() / n, "accuracy": right[windows[1] >= 0].double().mean().item(),
-           "tlops_saved": tlops_saved(ran), "macs_saved": macs_saved(config, ran, windows[0].size(1)), "ran": ran}
+    tlops, macs = savings(config, ran, windows[0].size(1))
+    row = {"val_loss": full.sum().item() / n, "val_loss_sparse": sparse.sum().item() / n, "tlops_saved": tlops,
+           "macs_saved": macs, "ran": ran, "accuracy": right[windows[1] >= 0].double().mean().item()}
     if config.model == "tsa":
-        row["permuted"] = run(model, windows, "trained", permute_tokens(gates))[0].sum().item() / n
+        row["permuted"] = run(model, windows, False, permute_tokens(gates))[0].sum().item() / n
         row["histogram"] = [(gate.histc(10, 0, 1) / gate.numel()).tolist() for gate in gates]     # 10 bins per block
-    if config.model != "dense":
-        shuffled = permute_tokens(used)
-        if config.model != "tsa":
-            shuffled = shuffled != 0        # exit and halt combine switches, which the model returns as floats
-        row["permuted_executed"] = run(model, windows, "executed", shuffled)[0].sum().item() / n
+    if config.model != "plain":
+        row["permuted_sparse"] = run(model, windows, True, permute_tokens(used))[0].sum().item() / n
     if is_chain:
-        row["hops"] = by_hops(windows[0], right, (used != 0).float())
+        row["hops"] = by_hops(windows[0], right, used)
     return row
 
 
+def draw_histogram(gates, path):
+    """Gates (L, n, T) of a full pass -> a histogram of each gated block, with a line at the threshold of 0.5."""
+    from matplotlib.figure import Figure        # only the figures of report/ need matplotlib
+    figure = Figure(figsize=(8, 1.8), layout="constrained")
+    for l, axes in enumerate(figure.subplots(1, len(gates) - 1, sharey=True, squeeze=False)[0], 1):
+        axes.hist(gates[l].flatten().tolist(), bins=50, range=(0, 1), color="#1f5fbf", histtype="stepfilled")
+        axes.axvline(0.5, color="red", linewidth=1)
+        axes.set_title(f"block {l}", fontsize=10)
+        axes.set(xlim=(-0.02, 1.02), xticks=[0, 0.5, 1], xticklabels=["0", "0.5", "1"], yticks=[])
+        axes.spines[["top", "right", "left"]].set_visible(False)
+    figure.supxlabel("gate", fontsize=10)
+    figure.supylabel("tokens", fontsize=10)
+    figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+@user_errors()
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="report.depth", description="Score a trained model.")
     parser.add_argument("ckpt", type=Path, help="checkpoint from train.py")
     parser.add_argument("--gate", choices=GATES, help="gate design (default: the checkpoint's)")
-    parser.add_argument("--threshold", type=float, nargs="+", help="thresholds (default: the checkpoint's)")
+    parser.add_argument("--threshold", type=SHARE, nargs="+", help="thresholds (default: the checkpoint's)")
+    parser.add_argument("--variant", choices=VARIANTS, default="", help="a change that report.variants makes")
     parser.add_argument("--split", choices=("val", "test"), default="val", help="split to score (default: val)")
+    parser.add_argument("--histogram", type=Path, help="draw the gates of a full pass into this svg file instead")
     parser.add_argument("--device", default="auto", help="device to use (default: the best one available)")
     args = parser.parse_args(argv)
+    if args.variant:
+        VARIANTS[args.variant]()
     device = pick_device(args.device)
-    model, saved = load_checkpoint(args.ckpt, device)
+    model, saved = load_checkpoint(args.ckpt)
     if args.gate and model.config.model != "tsa":
-        sys.exit(f"--gate does not apply to {args.ckpt}, a {model.config.model} model")
-    model.config.gate = args.gate or model.config.gate
+        raise ValueError(f"--gate does not apply to {args.ckpt}, a {model.config.model} model")
+    model.to(device).config.gate = args.gate or model.config.gate
     corpus = data.load(saved["flags"]["data"])
     windows = [tokens.to(device) for tokens in corpus.windows(args.split, model.config.block_size)]
+    if args.histogram:
+        draw_histogram(run(model, windows, sparse=False)[2], args.histogram)
+        return
     path = args.ckpt.parent / "scores.json"
     rows = json.loads(path.read_text("utf-8")) if path.exists() else []
-    for threshold in args.threshold or [saved["flags"]["threshold"]]:
+    for threshold in args.threshold or [model.config.threshold]:
         model.config.threshold = threshold
-        row = {"split": args.split, "gate": args.gate or saved["flags"]["gate"], "threshold": threshold}
-        row |= score(model, windows, saved["flags"]["data"] == "chain")
-        rows = [old for old in rows if any(old[key] != row[key] for key in ("split", "gate", "threshold"))] + [row]
-        print(*(f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
-                if key not in ("ran", "hops", "histogram")))
+        key = {"split": args.split, "gate": args.gate or saved["flags"].get("gate"), "threshold": threshold,
+               "variant": args.variant}
+        row = key | score(model, windows, saved["flags"]["data"] == "chain")
+        rows = [old for old in rows if any(old[name] != key[name] for name in key)] + [row]
+        print(*(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()
+                if name not in ("ran", "hops", "histogram")))
         for line in row.get("hops", []):
-            print("  {hops} hops: accuracy {accuracy:.4f}, {used:.2f} blocks used, {needed} suffice; {early} of {n} "
-                  "used fewer, {early_right} of these correctly".format(**line))
-    save(path, rows, write_json)
+            print("  {hops} hops: accuracy {accuracy:.4f}, {suffices} suffice, blocks run {blocks}".format(**line))
+    path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

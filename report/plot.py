@@ -1,23 +1,39 @@
 """
 Collect finished runs: python -m report.plot out --csv report/results.csv --svg report/frontier.svg
 
-Read every result.json under the folders, and the scores.json of report.depth beside it. If runs differ only
-in their seed, name their folders NAME-s0, NAME-s1, ...; their means and standard deviations are printed on one line.
-All rows go to a csv file; the plot shows the loss against the multiply-adds saved, both as executed.
+Read every result.json under the folders, and the scores.json of report.depth beside it. Folders are named
+SETTING-NAME-s0, -s1, ... for runs that differ only in their seed. Print means and standard deviations over the seeds,
+then each model against the plain models at equal multiply-adds: their losses, trained with the same seed, are
+interpolated to the multiply-adds that the model saved. Rows named `several` are models trained with halting's losses
+at every block (--model halt --lam 0) but run as plain ones. The plot shows the loss against the multiply-adds saved.
+With --rows, read the rows of a csv file as well.
 """
 import argparse
 import csv
 import json
 import statistics
-import sys
 from pathlib import Path
 
-from tsa import Config, multiply_adds
+import numpy as np
 
-COLUMNS = ("setting", "run", "split", "model", "gate", "n_layer", "lam", "threshold", "gate_bias", "seed", "val_loss",
-           "val_loss_executed", "tlops_saved", "macs_saved", "accuracy", "permuted", "permuted_executed", "ran",
+from train import user_errors
+
+COLUMNS = ("setting", "run", "split", "model", "gate", "n_layer", "lam", "threshold", "variant", "gate_bias", "seed",
+           "val_loss", "val_loss_sparse", "tlops_saved", "macs_saved", "accuracy", "permuted", "permuted_sparse", "ran",
            "gates", "hops", "n_params", "device", "dtype", "torch", "seconds", "commit")
-SCORES = ("val_loss", "val_loss_executed", "tlops_saved", "macs_saved")
+SCORES = ("val_loss", "val_loss_sparse", "tlops_saved", "macs_saved")
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}      # number of seeds: 97.5% quantile of Student's t
+
+
+def is_plain(row):
+    return row["model"] == "plain" or "several" in row["run"]
+
+
+def fewer_layers(config, n, L):
+    """The share of multiply-adds that a plain model of n layers saves relative to one of L layers (see tsa.savings)."""
+    C, T = config.n_embd, config.block_size
+    layer, head = 12 * C * C + T * C, C * config.vocab_size
+    return (L - n) * layer / (L * layer + head)
 
 
 def read_rows(folders, commit):
@@ -25,87 +41,126 @@ def read_rows(folders, commit):
     rows = []
     for path in sorted(path for folder in folders for path in Path(folder).rglob("result.json")):
         result = json.loads(path.read_text("utf-8"))
-        name = Path(result["data"]).name
-        result["setting"] = name if name in ("chain", "copy", "sort") else f"{result['preset']} {name}"
-        result |= {"run": path.parent.name, "split": "val", "commit": commit}
+        name = path.parent.name
+        result |= {"run": name, "setting": name.partition("-")[0], "split": "val", "variant": "", "commit": commit}
         rows.append(result)
         scores = path.with_name("scores.json")
         for score in json.loads(scores.read_text("utf-8")) if scores.exists() else []:
-            if all(score[key] == result[key] for key in ("split", "gate", "threshold")):
+            if all(score[key] == result.get(key) for key in ("split", "gate", "threshold", "variant")):
                 result |= score
             else:
                 rows.append(result | score)
-    for row in rows:
-        if row["model"] == "dense":     # what fewer layers save compared with the preset's 6
-            config = Config(**{key: row[key] for key in ("model", "vocab_size", "block_size", "n_embd", "n_head")})
-            row["tlops_saved"] = 1 - row["n_layer"] / 6
-            row["macs_saved"] = 1 - multiply_adds(config, row["ran"]) / multiply_adds(config, [1] * 6)
+    for row in filter(is_plain, rows):      # what fewer layers save compared with the setting's plain model
+        L = 12 if row["setting"] == "deep" else 6
+        row["tlops_saved"] = 1 - row["n_layer"] / L
+        row["macs_saved"] = fewer_layers(argparse.Namespace(**row), row["n_layer"], L)
+        row["val_loss_sparse"] = row["val_loss"]
     return rows
+
+
+def read_csv(path):
+    """The rows of a csv file that this program wrote."""
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row |= {name: float(row[name]) for name in (*SCORES, "seed", "threshold") if row[name]}
+    return rows
+
+
+def name_of(row):
+    return row["run"].rpartition("-s")[0] or row["run"]
 
 
 def summarize(rows):
     """Rows -> a dictionary per group of seeds, with the mean and standard deviation of each score."""
     groups = {}
     for row in rows:
-        key = row["setting"], row["run"].rpartition("-s")[0] or row["run"], row["split"], row["gate"], row["threshold"]
+        key = row["setting"], name_of(row), row["split"], row.get("gate"), row.get("threshold"), row["variant"]
         groups.setdefault(key, []).append(row)
     summary = []
     for key, group in groups.items():
-        line = dict(zip(("setting", "name", "split", "gate", "threshold"), key), n=len(group), model=group[0]["model"])
+        line = dict(zip(("setting", "name", "split", "gate", "threshold", "variant"), key), n=len(group), rows=group,
+                    model="several" if "several" in key[1] else group[0]["model"])
         for score in SCORES:
             values = [row[score] for row in group]
             line[score] = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
         summary.append(line)
-    return sorted(summary, key=lambda line: (line["setting"], line["macs_saved"]))
+    return sorted(summary, key=lambda line: (line["setting"], line["split"], line["macs_saved"]))
+
+
+def against_plain(line, rows, reference="plain"):
+    """
+    The differences, by seed, of a line's sparse loss to the reference models of equal multiply-adds; seeds without a
+    reference that saves at least as much are left out.
+    """
+    differences = []
+    for row in line["rows"]:
+        points = sorted({(other["macs_saved"], other["val_loss_sparse"]) for other in rows
+                         if name_of(other).startswith(f"{row['setting']}-{reference}") and other["seed"] == row["seed"]
+                         and other["split"] == row["split"]})
+        if points and points[0][0] == 0 and row["macs_saved"] <= points[-1][0]:
+            differences.append(row["val_loss_sparse"] - np.interp(row["macs_saved"], *zip(*points)))
+    return differences
 
 
 def draw(summary, path):
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        sys.exit("this figure needs matplotlib: pip install matplotlib")
-    settings = sorted({line["setting"] for line in summary})
-    styles = {"dense": ("plain", "C0"), "halt": ("halting", "C1"), "exit": ("early exit", "C2"),
+    from matplotlib.figure import Figure        # only the figures of report/ need matplotlib
+    settings = {"shakespeare": "Shakespeare, 6 layers", "deep": "Python, 12 layers"}
+    styles = {"plain": ("plain", "C0"), "halt": ("halting", "C1"), "exit": ("early exit", "C2"),
               "tsa soft": ("the paper's gate, thresholded", "C3"), "tsa skip": ("the paper's gate, skip", "C4")}
     figure = Figure(figsize=(5 * len(settings), 4), layout="constrained")
-    for axes, setting in zip(figure.subplots(1, len(settings), squeeze=False)[0], settings):
+    for axes, (setting, title) in zip(figure.subplots(1, len(settings), squeeze=False)[0], settings.items()):
         curves = {}
         for line in summary:
-            if line["setting"] == setting and line["split"] == "val":
-                name = f"{line['model']} {line['gate'] or ''}".strip()
-                curves.setdefault(name, []).append((100 * line["macs_saved"][0], *line["val_loss_executed"]))
-        best = min(loss for points in curves.values() for _, loss, _ in points)
+            name = f"{line['model']} {line['gate'] or ''}".strip()
+            if line["setting"] == setting and line["split"] == "val" and name in styles:
+                curves.setdefault(name, []).append((100 * line["macs_saved"][0], *line["val_loss_sparse"]))
         for name, points in curves.items():
             saved, loss, spread = zip(*points)
-            label, color = styles.get(name, (name, "black"))
+            label, color = styles[name]
             axes.errorbar(saved, loss, spread, fmt="o-", capsize=3, label=label, color=color)
-        axes.set(title=setting, xlabel="multiply-adds saved (%)", ylabel="validation loss, as executed")
-        axes.set_ylim(0.99 * best, 1.08 * best)     # crops out models whose loss explodes when executed
+        best = min((loss for points in curves.values() for _, loss, _ in points), default=1)
+        axes.set(title=title, xlabel="multiply-adds saved (%)", ylabel="validation loss, sparse")
+        axes.set(xlim=(-5, 55), ylim=(0.995 * best, 1.05 * best))       # crops models whose loss explodes when sparse
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, loc="upper left")
     figure.savefig(path, format="svg", metadata={"Date": None})
 
 
+@user_errors()
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="report.plot", description="Collect finished runs.")
-    parser.add_argument("folders", nargs="+", help="folders of runs, searched recursively")
+    parser.add_argument("folders", nargs="*", help="folders of runs, searched recursively")
+    parser.add_argument("--rows", type=Path, help="csv file whose rows are read, too")
     parser.add_argument("--commit", default="", help="the commit that the runs were made with, for the csv file")
     parser.add_argument("--csv", type=Path, help="write all rows to this file")
     parser.add_argument("--svg", type=Path, help="write the plot to this file")
     args = parser.parse_args(argv)
     rows = read_rows(args.folders, args.commit)
+    if args.rows:
+        runs = {row["run"] for row in rows}
+        rows += [row for row in read_csv(args.rows) if row["run"] not in runs]
     if not rows:
-        sys.exit(f"no finished run (result.json) under {', '.join(args.folders)}")
+        raise ValueError(f"no finished run (result.json) under {', '.join(args.folders)}")
     summary = summarize(rows)
     for line in summary:
-        print("{setting:19} {name:24} {split:4} {gate!s:5} {threshold!s:5} n={n}".format(**line),
+        print("{name:32} {split:4} {gate!s:8} {threshold!s:4} {variant:10} n={n}".format(**line),
               *("{:.4f} ± {:.4f}".format(*line[score]) for score in SCORES[:2]),
               *("{:.1%} ± {:.1%}".format(*line[score]) for score in SCORES[2:]), sep="  ")
+    for reference in ("plain", "several"):
+        print(f"\nLoss against {reference} models of equal multiply-adds: mean, 95% interval, by seed")
+        for line in summary:
+            by_seed = [] if line["model"] in ("plain", "several") else against_plain(line, rows, reference)
+            if by_seed:
+                half = T_95.get(len(by_seed), float("nan")) * np.std(by_seed, ddof=min(1, len(by_seed) - 1))
+                print("{name:32} {split:4} {gate!s:8} {threshold!s:4} ".format(**line),
+                      f"{np.mean(by_seed):+.4f} ± {half / len(by_seed) ** 0.5:.4f} ",
+                      *(f"{difference:+.4f}" for difference in by_seed))
     if args.csv:
         with open(args.csv, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(sorted(rows, key=lambda row: (row["setting"], row["run"])))
     if args.svg:
         draw(summary, args.svg)
 

@@ -1,0 +1,261 @@
+"""Tests of the programs in report/: the published numbers depend on them. Run with `python -m pytest -q`."""
+import itertools
+import json
+import re
+import sys
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import data
+import sample
+import train
+import tsa
+from report import clock, depth, plot, variants
+from test_tsa import HARD, HERE, finished, masked, run, run_train, text_file, tiny, tokens     # noqa: F401 (fixtures)
+from tsa import GATES, Config, Exit, Halt, Router
+
+
+@pytest.mark.parametrize("name, loss, answers", [("chain-halt", 0.005, True), ("chain-tsa", 0.001, False)])
+def test_shipped_chain_models_do_what_the_readme_shows(name, loss, answers, capsys):
+    """The README's first commands: halting solves the task; the paper's gates do only when nothing is skipped."""
+    model, saved = train.load_checkpoint(HERE / "report" / f"{name}.pt")
+    windows = [part[:300] for part in data.load("chain").windows("val", 30)]
+    full, sparse = (train.evaluate(model, windows, sparse)[0] for sparse in (False, True))
+    assert full < loss and (sparse < loss if answers else sparse > 0.5) and "optimizer" not in saved
+    assert run(sample, HERE / "report" / f"{name}.pt", "--device", "cpu", "--sparse") == 0
+    out = capsys.readouterr().out
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    assert ("!" not in out) == answers and out.strip() in readme, out
+
+
+def test_shipped_text_model_is_the_default(tmp_path, monkeypatch, capsys):
+    """`python sample.py` works before any training, and skips blocks."""
+    monkeypatch.chdir(tmp_path)
+    assert run(sample, "--device", "cpu", "--max_new_tokens", 20) == 0
+    assert re.search(r"text-halt.pt: halt model.*\n.*sparse: [1-5]\.", capsys.readouterr().err)
+    assert sum(path.stat().st_size for path in (HERE / "report").glob("*.pt")) < 4e6
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# variants.py
+
+@pytest.fixture
+def restore(monkeypatch):
+    """Undo the changes of report.variants after a test."""
+    for owner, name in ((Router, "logit"), (Exit, "loss"), (Exit, "FIRST"), (Halt, "HALT_SHARE"), (Halt, "EVERY_SHARE"),
+                        (Halt, "LAST_SHARE"), (train, "make_optimizer")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+
+
+def test_gates_of_the_report_by_hand():
+    """`straight` trains what runs, `stretch` has exact zeros, and the others take thresholding apart."""
+    p = torch.tensor([.05, .3, .6, .9], requires_grad=True)
+    expected = {"straight": ([1, 1, 0, 0], [1, 1, 0, 0]), "stretch": ([1, .78, .36, 0], [1, .78, .36, 0]),
+                "round-up": ([.95, .7, .4, .1], [1, 1, .4, .1]), "close": ([.95, .7, .4, .1], [.95, .7, 0, 0]),
+                "ones": ([.95, .7, .4, .1], [1, 1, 1, 1])}
+    for name, values in expected.items():
+        for make_gate, value in zip(GATES[name], values):
+            torch.testing.assert_close(make_gate(p, 0.5), torch.tensor(value, dtype=torch.float32))
+    GATES["straight"][0](p, 0.5).sum().backward()
+    assert p.grad.tolist() == [-1] * 4
+
+
+def test_variants_change_what_they_say(restore):
+    """Every row of the report that needs changed code is one of these."""
+    idx, targets = tokens(), tokens(seed=2)
+    variants.constant()
+    gates = tiny()(idx)[1]
+    assert all(len(gate.unique()) == 1 for gate in gates) and len(gates.unique()) == 4
+    variants.VARIANTS["shares.4"]()
+    assert (Halt.HALT_SHARE, Halt.EVERY_SHARE, Halt.LAST_SHARE) == (0.4, 0.1, 0.5)
+    model = tiny("exit", threshold=0.4)
+    x, losses = model.embed(idx), []
+    for block, norm in zip(model.blocks, [*model.exit_norms, model.ln_f]):
+        x = block(x)
+        losses.append(F.cross_entropy(model.head(norm(x)).flatten(0, 1), targets.flatten()))
+    variants.exit_heavy()
+    torch.testing.assert_close(model.loss(idx, targets)[0], 0.75 * losses[3] + 0.25 * sum(losses[:3]) / 3)
+    variants.exit_floor()
+    assert model(idx, sparse=True)[1][1].mean() < 1         # some tokens exit after block 0
+    variants.exit_kept()
+    seen = []
+    with torch.no_grad():       # in training, keys and values come from the states that a sparse pass leaves
+        hook = model.blocks[3].register_forward_hook(lambda block, args, options, x: seen.append(options.get("source")),
+                                                     with_kwargs=True)
+        model.loss(idx, targets)
+        hook.remove()
+        model.blocks[2].register_forward_hook(lambda block, args, x: seen.append(x))
+        masked(model, idx)
+    torch.testing.assert_close(seen[0], seen[1])
+
+
+def test_run_starts_from_a_checkpoint(finished, run_train, tmp_path, restore, text_file):  # noqa: F811
+    """Fine-tuning with switches must begin with the weights of the paper's model."""
+    before, saved = train.load_checkpoint(finished / "ckpt.pt")
+    flags = [f"--{name}={value}" for name, value in saved["flags"].items() if name != "gate"]
+    flags += ["--learning_rate=0", f"--out_dir={tmp_path / 'tuned'}"]
+    assert run(variants, "straight", "--init_from", finished / "ckpt.pt", *flags) == 0
+    after, saved = train.load_checkpoint(tmp_path / "tuned" / "ckpt.pt")
+    assert saved["flags"]["gate"] == "straight"
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# depth.py
+
+def test_scores_of_report_are_those_of_training(finished, text_file):  # noqa: F811
+    """The tables mix rows of depth.py and train.py, and a sweep must not confuse one score with another."""
+    def score(*flags):
+        assert run(depth, finished / "ckpt.pt", "--device", "cpu", *flags) == 0
+        return json.loads((finished / "scores.json").read_text())
+    score("--threshold", 0.5, 0.2)
+    score("--gate", "skip", "--threshold", 0.6)
+    rows = score("--split", "test")
+    result = json.loads((finished / "result.json").read_text())
+    assert [(row["split"], row["gate"], row["threshold"]) for row in rows] == [
+        ("val", "soft", 0.5), ("val", "soft", 0.2), ("val", "skip", 0.6), ("test", "soft", 0.5)]
+    for key in ("val_loss", "val_loss_sparse", "tlops_saved", "macs_saved"):
+        assert rows[0][key] == pytest.approx(result[key], abs=1e-5)
+    assert rows[1]["tlops_saved"] > rows[0]["tlops_saved"] and rows[0]["permuted"] != rows[0]["val_loss"]
+    assert rows[0]["permuted_sparse"] != rows[0]["val_loss_sparse"] and rows[3]["val_loss"] != rows[0]["val_loss"]
+    assert rows[0]["histogram"][0] == [0] * 9 + [1] and all(sum(b) == pytest.approx(1) for b in rows[0]["histogram"])
+    torch.manual_seed(9)
+    assert score("--split", "test") == rows         # permuted with a seed of its own
+    model, saved = train.load_checkpoint(finished / "ckpt.pt")
+    idx, targets = data.load(str(text_file)).windows("val", 16)
+    by_hand = [masked(model, x[None])[0][0].argmax(-1) for x in idx]
+    assert rows[0]["accuracy"] == pytest.approx((torch.stack(by_hand) == targets).float().mean().item())
+    collected = plot.read_rows([finished], "")
+    assert [row["split"] for row in collected] == ["val", "val", "val", "test"]
+    assert collected[0]["val_loss"] == rows[0]["val_loss"] and collected[3]["val_loss"] == rows[3]["val_loss"]
+    assert run(plot, finished.parent, "--csv", finished / "r.csv") == 0
+    assert (finished / "r.csv").read_text().count("\n") == 5
+    assert [row["val_loss"] for row in plot.read_csv(finished / "r.csv")] == [row["val_loss"] for row in collected]
+
+
+@pytest.mark.parametrize("settings", HARD[1:])
+def test_replayed_gates_are_the_ones_that_run(settings):
+    """Permuted gates and clock.py rely on this: replaying a model's own gates changes nothing."""
+    model, idx = tiny(**settings).double(), tokens()
+    logits, gates = model(idx, sparse=True)
+    with depth.replay(model, gates):
+        torch.testing.assert_close(model(idx, sparse=True)[0], logits)
+    with depth.replay(model, torch.ones_like(gates)):
+        assert model(idx, sparse=True)[1].eq(1).all()
+    torch.testing.assert_close(model(idx, sparse=True)[0], logits)
+
+
+def test_permuted_gates_keep_tokens_whole_and_in_place():
+    """Gates split up across blocks, or moved to another position, would say nothing about the router."""
+    gates = torch.arange(5 * 7).view(5, 7) + 100 * torch.arange(4).view(4, 1, 1)           # (L, n, T)
+    permuted = depth.permute_tokens(gates)
+    assert torch.equal(permuted, permuted[0] + 100 * torch.arange(4).view(4, 1, 1))        # the L gates of one token
+    assert torch.equal(permuted[0] % 7, gates[0] % 7)                                      # at the same position
+    assert torch.equal(permuted[0].sort(0).values, gates[0]) and not torch.equal(permuted, gates)
+
+
+def test_chains_are_scored_by_hops():
+    """If right and wrong answers were swapped, or blocks miscounted, the table by hops would mean nothing."""
+    idx, targets = data.load("chain").windows("val", 30)
+    idx, answers, hops = idx[:50], targets[:50], depth.hops_of(idx[:50])
+    text = "".join((data.DIGITS + data.LETTERS)[i] for i in idx[0])
+    for place in range(30):
+        at, n = place, 0
+        while not text[at].isdigit():
+            at, n = data.LETTERS.index(text[at]), n + 1
+        assert hops[0, place] == n and text[at] == str(answers[0, place].item())
+    gates = (torch.arange(4).view(4, 1, 1) <= hops).float()         # depth is hops + 1, at most 4
+    rows = depth.by_hops(idx, hops < 3, gates)
+    assert [row["accuracy"] for row in rows] == [1, 1, 1, 0, 0] and [row["suffices"] for row in rows] == [1, 1, 2, 2, 3]
+    assert [row["blocks"] for row in rows] == [[row["n"] if n == min(row["hops"], 3) else 0 for n in range(4)]
+                                               for row in rows]
+    assert sum(row["n"] for row in rows) == 50 * 30
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# clock.py and plot.py
+
+def test_clock_times_each_way_to_run(finished, monkeypatch):  # noqa: F811
+    """The plain model is the baseline for all others; the model's own gates are timed as well as random ones."""
+    monkeypatch.setattr(clock, "BATCHES", {"prefill": (3,), "decode": (2,)})
+    seconds, timed = itertools.cycle([2, 1, 1, 1, 1, 1]), []       # the plain model, then the five others
+    monkeypatch.setattr(clock, "timed", lambda call, device: timed.append(call()) or next(seconds))
+    assert run(clock, finished / "ckpt.pt", "--device", "cpu", "--seconds", 0, "--out", finished / "c.csv") == 0
+    lines = [line.split(",") for line in (finished / "c.csv").read_text().splitlines()]
+    assert [line[3] for line in lines[1:4]] == ["plain", "plain half", "own"] and len(lines) == 1 + 2 * 6
+    assert all(float(line[8]) == 1 == float(line[9]) for line in lines[1::6]) and len(timed) == 2 * 4 * 6
+    assert all(float(line[8]) == 2 for i, line in enumerate(lines[1:]) if i % 6)
+    assert all(float(line[9]) > 2 for line in lines[2::6])          # 1 layer instead of 3
+    model, saved = train.load_checkpoint(finished / "ckpt.pt")
+    text = data.load(saved["flags"]["data"]).windows("val", 16)[0].flatten()
+    for line, B, start in ((lines[3], 3, 0), (lines[9], 2, 8)):
+        gates = model(text[:B * 16].view(B, 16), sparse=True)[1][:, :, start:]
+        ran = (gates != 0).double().mean((1, 2))
+        assert float(line[4]) == pytest.approx(ran[1:].mean().item())
+        saved = tsa.savings(model.config, ran.tolist(), decode=start > 0)[1]
+        assert float(line[9]) == pytest.approx(1 / (1 - saved))
+
+
+def test_random_gates_of_a_halting_model_never_reopen():
+    """A token that has halted stays halted, so gates that reopened would time something that cannot happen."""
+    gates = clock.draw_gates(Config(model="halt", n_layer=4), torch.zeros(5, 7), 0.5)
+    assert gates[0].all() and (gates[:-1] >= gates[1:]).all() and 0 < gates.mean() < 1
+
+
+def row(run, threshold, loss, seed=0, macs=0.0, **settings):
+    name = dict(setting=run.partition("-")[0], run=run, split="val", gate=None, threshold=threshold, model="halt",
+                variant="", seed=seed, tlops_saved=0.5)
+    return name | dict(val_loss=loss, val_loss_sparse=loss, macs_saved=macs) | settings
+
+
+def test_mean_and_spread_are_over_the_seeds_of_a_name():
+    """A mean over different models, or over scores with another threshold, would be meaningless."""
+    rows = [row("a-halt-s0", .5, 1.0), row("a-halt-s1", .5, 2.0, macs=1.0), row("a-halt-s1", .9, 5.0),
+            row("a-other-s0", .5, 9.0)]
+    summary = plot.summarize(rows)
+    assert sorted((line["name"], line["n"], line["val_loss"][0]) for line in summary) == [
+        ("a-halt", 1, 5.0), ("a-halt", 2, 1.5), ("a-other", 1, 9.0)]
+    assert next(line for line in summary if line["n"] == 2)["macs_saved"][1] == pytest.approx(0.5 ** 0.5)
+
+
+def test_models_are_compared_at_equal_multiply_adds_with_their_own_seed():
+    """Seeds differ by more than models do, so only paired differences say anything."""
+    plain = [row(f"a-plain{n}-s{seed}", None, loss + seed, seed, macs, model="plain")
+             for n, loss, macs in ((6, 1.0, 0.0), (5, 1.1, 0.2), (4, 1.5, 0.4)) for seed in (0, 1)]
+    test = [other | {"split": "test", "val_loss_sparse": 9.0} for other in plain]
+    halts = [row("a-halt-s0", .5, 1.0, 0, 0.1), row("a-halt-s1", .5, 2.5, 1, 0.3), row("a-halt-s2", .5, 2.5, 2, 0.3)]
+    line = plot.summarize(halts)[0]
+    assert plot.against_plain(line, plain + test + halts) == pytest.approx([1.0 - 1.05, 2.5 - 2.3])
+    assert plot.against_plain(line | {"rows": [halts[0] | {"macs_saved": 0.5}]}, plain) == []      # no extrapolation
+
+
+def test_plain_model_saves_what_its_missing_layers_would_cost(tmp_path):
+    """All savings in the tables are relative to the setting's plain model: 12 layers on Python, 6 elsewhere."""
+    result = dict(model="plain", data="t.txt", preset="laptop", vocab_size=65, block_size=64, n_embd=128, n_head=4,
+                  n_layer=3, val_loss=1.0)
+    config, layer = Config(**{k: result[k] for k in ("vocab_size", "block_size", "n_embd")}), 12 * 128 ** 2 + 64 * 128
+    for name, L in (("shakespeare-plain3-s0", 6), ("deep-plain3-s0", 12), ("deep-several3-s0", 12)):
+        (tmp_path / name).mkdir()
+        kind = {"model": "halt", "macs_saved": -1.0} if "several" in name else {}
+        (tmp_path / name / "result.json").write_text(json.dumps(result | kind))
+        collected = plot.read_rows([tmp_path / name], "")[0]
+        by_hand = 1 - (3 * layer + 128 * 65) / (L * layer + 128 * 65)
+        assert collected["tlops_saved"] == 1 - 3 / L and collected["macs_saved"] == pytest.approx(by_hand)
+    assert plot.fewer_layers(config, 6, 6) == 0
+
+
+def test_figures_show_what_their_axes_say(monkeypatch):
+    """Multiply-adds on the x axis, the sparse loss on the y axis, and one histogram for each gated block."""
+    axes, fake = MagicMock(), MagicMock()
+    fake.Figure.return_value.subplots.return_value = [[axes] * 2]
+    monkeypatch.setitem(sys.modules, "matplotlib", MagicMock())
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", fake)
+    line = row("deep-halt-s0", .5, None, macs_saved=(0.25, 0), val_loss=(9, 9), val_loss_sparse=(1.5, 0.1))
+    plot.draw([line | {"name": "deep-halt"}], "x")
+    assert axes.errorbar.call_args.args[:2] == ((25,), (1.5,))
+    depth.draw_histogram(torch.tensor([[[1.0]], [[0.3]], [[0.7]]]), "x")
+    assert [call.args[0] for call in axes.hist.call_args_list] == [pytest.approx([0.3]), pytest.approx([0.7])]
+    assert axes.axvline.call_args.args == (0.5,)

@@ -1,0 +1,115 @@
+"""
+Train a modified model. The modifications are those behind the rows of report/README.md:
+
+    python -m report.variants stretch --data chain --lam 0.03       # a gate design; train.py's flags follow
+    python -m report.variants exit-heavy --model exit               # another change
+    python -m report.variants straight --init_from out/tsa-1/ckpt.pt --max_iters 400 --learning_rate 5e-4
+
+--init_from starts from the weights of a checkpoint. Importing this file only adds the gate designs.
+"""
+import argparse
+import functools
+
+import torch
+from torch.nn import functional as F
+
+import train
+from tsa import GATES, Exit, Halt, Router, binary, skip, soft, token_loss
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Gate designs for training (README.md, "Your own gate")
+
+def straight(p, threshold):
+    """A switch in the forward pass, with the scale's gradient in the backward pass."""
+    scale = 1 - p
+    return binary(p, threshold) + (scale - scale.detach())      # the difference is 0 in the forward pass
+
+def stretch(p, threshold):
+    """A scale with exact zeros and ones: the hard-concrete gate without noise (Louizos et al. 2018, 1712.01312)."""
+    return (1.4 * (1 - p) - 0.2).clamp(0, 1)
+
+# Inference gates that take thresholding apart: only rounding gates up, only closing gates, or running every block.
+
+def round_up(p, threshold):
+    return torch.where(p <= threshold, 1, 1 - p)
+
+def ones(p, threshold):
+    return torch.ones_like(p)
+
+GATES |= {"straight": (straight, binary), "stretch": (stretch, stretch), "round-up": (soft, round_up),
+          "close": (soft, skip), "ones": (soft, ones)}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Other changes
+
+def constant():
+    """A gate per block that is learned, but the same for all tokens. Its savings still count the router's products."""
+    Router.logit = lambda self, x: self.out.bias.float().expand(x.shape[:-1])
+
+
+def shares(halt, every, last):
+    Halt.HALT_SHARE, Halt.EVERY_SHARE, Halt.LAST_SHARE = halt, every, last
+
+
+def exit_floor():
+    """A token may exit after block 0. Only inference changes."""
+    Exit.FIRST = 0
+
+
+def exit_heavy():
+    """The last block has 75% of the loss weight, as in Halt, instead of one share in L."""
+    def loss(self, idx, targets):
+        x, total, L = self.embed(idx), 0, len(self.blocks)
+        for l, (block, norm) in enumerate(zip(self.blocks, [*self.exit_norms, self.ln_f])):
+            x = block(x)
+            weight = 0.75 if l == L - 1 else 0.25 / (L - 1)
+            total = total + weight * token_loss(self.head(norm(x)), targets).sum()
+        return total / (targets >= 0).sum(), torch.ones(L, *idx.shape, device=idx.device)
+    Exit.loss = loss
+
+
+def exit_kept():
+    """Keys and values are computed from the state in which the token would exit, as in Halt.run_all."""
+    def loss(self, idx, targets):
+        x = kept = self.embed(idx)
+        total, L, running = 0, len(self.blocks), torch.ones(idx.shape, dtype=torch.bool, device=idx.device)
+        for l, (block, norm) in enumerate(zip(self.blocks, [*self.exit_norms, self.ln_f])):
+            x = block(x, source=kept)
+            kept = torch.where(running.unsqueeze(-1), x, kept)
+            logits = self.head(norm(x))
+            total = total + token_loss(logits, targets).sum()
+            if l >= self.FIRST:
+                running = running & (F.softmax(logits, dim=-1).amax(-1) <= self.config.threshold)
+        return total / L / (targets >= 0).sum(), torch.ones(L, *idx.shape, device=idx.device)
+    Exit.loss = loss
+
+
+VARIANTS = {"constant": constant, "shares.4": functools.partial(shares, 0.4, 0.1, 0.5),
+            "shares.1": functools.partial(shares, 0.1, 0.03, 0.87), "exit-floor": exit_floor, "exit-heavy": exit_heavy,
+            "exit-kept": exit_kept}
+
+
+@train.user_errors()
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="report.variants", description="Train a modified model.", allow_abbrev=False)
+    parser.add_argument("name", choices=[*GATES, *VARIANTS], help="gate design or other change")
+    parser.add_argument("--init_from", help="checkpoint whose weights the run starts from")
+    args, flags = parser.parse_known_args(argv)
+    if args.name in VARIANTS:
+        VARIANTS[args.name]()
+    else:
+        flags += ["--gate", args.name]
+    if args.init_from:
+        start, make_optimizer = train.load_checkpoint(args.init_from)[0], train.make_optimizer
+
+        def started(model):
+            model.load_state_dict(start.state_dict())
+            return make_optimizer(model)
+        train.make_optimizer = started
+    train.main(flags)
+
+
+if __name__ == "__main__":
+    main()
