@@ -67,7 +67,7 @@ FLAGS = {       # default (where it depends on preset or model, one for each), t
     "device": ("auto", str, "cpu, cuda, cuda:1, mps ...; auto: the best one available"),
     "dtype": ("auto", ("auto", "float32", "bfloat16"), "of the forward pass in training; auto: bfloat16 if supported"),
     "compile": (0, between(0, 1), "1: compile the loss with torch.compile"),
-    "eval_interval": (dict(laptop=200, paper=250), COUNT, "steps between evaluations, each of which saves a checkpoint"),
+    "eval_interval": (dict(laptop=200, paper=250), COUNT, "steps between evaluations, which also save a checkpoint"),
     "out_dir": ("auto", str, "output folder, which must not exist yet; auto: a new one under out/"),
 }
 TASKS = {       # where a task differs from the preset
@@ -266,7 +266,7 @@ def main(argv=None):
     if resumed:
         optimizer.load_state_dict(saved["optimizer"])
     else:
-        out_dir.mkdir(parents=True)         # fails if it exists, so that no run overwrites another
+        out_dir.mkdir(parents=True)         # raises an OSError if it exists, so that no run overwrites another
     flags = {name: value for name, value in vars(args).items() if name != "out_dir"}
     n_params = sum(parameter.numel() for parameter in model.parameters())
     print(*(f"{name}={value}" for name, value in flags.items()))
@@ -317,8 +317,10 @@ def main(argv=None):
                 torch.save(saved, out_dir / "ckpt.tmp")
                 os.replace(out_dir / "ckpt.tmp", out_dir / "ckpt.pt")       # a kill leaves the old file or the new
     except KeyboardInterrupt:
-        is_saved = (out_dir / "ckpt.pt").exists()
-        sys.exit("\nstopped; " + (f"continue with: python train.py --resume {out_dir}" if is_saved else "no checkpoint yet"))
+        hint = "no checkpoint yet"
+        if (out_dir / "ckpt.pt").exists():
+            hint = f"to continue, run: python train.py --resume {out_dir}"
+        sys.exit(f"\nstopped; {hint}")
 
     # The final score, on the whole validation split
     print("\nvalidation ", end="")

@@ -1,83 +1,130 @@
 #!/usr/bin/env bash
-# The runs behind README.md and report/README.md, except the older ones at the paper's size. Run this script from the
-# repository's root; the tables say which seeds have been run. With OMP_NUM_THREADS=1 on one core, a laptop run takes
-# about 6 minutes, a chain run 2 minutes and a paper run 3 hours. Finished runs are not repeated.
+# The runs and figures behind README.md and report/README.md. Run this script from the repository's root: it skips what
+# is finished and resumes what was interrupted. With OMP_NUM_THREADS=1 on one core, a laptop run takes about 6 minutes,
+# one with 12 layers 10, a chain run 2, and one of the paper's size 2 to 3 hours. The tables say which seeds have been
+# run, and the column `commit` of results.csv with which code.
 set -eu
-run() {     # run NAME FLAGS...: one seed, into out/NAME-sSEED
+into() {    # into NAME PROGRAM FLAGS...: one seed of a run, in out/NAME-s$seed
     local folder=out/$1-s$seed
     shift
-    [ -e "$folder/result.json" ] || python train.py --seed $seed --out_dir "$folder" "$@"
+    if [ -e "$folder/result.json" ]; then
+        return
+    elif [ -e "$folder/ckpt.pt" ]; then
+        case $2 in
+            --*) python -m $1 --resume "$folder" ;;             # train
+            *) python -m $1 $2 --resume "$folder" ;;            # report.variants NAME
+        esac
+    else
+        python -m "$@" --device cpu --dtype bfloat16 --seed $seed --out_dir "$folder"
+    fi
 }
+run() { into $1 train "${@:2}"; }                               # run NAME FLAGS...
+variant() { into $1 report.variants "${@:2}"; }                 # variant NAME VARIANT FLAGS...
+score() { python -m report.depth "$@" --device cpu; }
 
 for seed in 0 1 2; do
     # Chains
-    for n in 1 2 3 6; do run chain-dense$n --data chain --model dense --n_layer $n; done
+    for n in 1 2 3 6; do run chain-plain$n --data chain --model plain --n_layer $n; done
     run chain-tsa --data chain --lam 0.01
     run chain-exit --data chain --model exit
-    run chain-halt-lam0.03 --data chain --model halt
-    run chain-halt-lam0.05 --data chain --model halt --lam 0.05
+    for lam in 0.03 0.05; do run chain-halt-lam$lam --data chain --model halt --lam $lam; done
+    run chain-halt4-lam0.03 --data chain --model halt --n_layer 4
+    variant chain-straight straight --data chain --lam 0.01
+    for lam in 0.03 0.1; do variant chain-stretch-lam$lam stretch --data chain --lam $lam; done
 
-    # Two texts
+    # Two texts, 6 layers
     for text in shakespeare stdlib; do
-        for n in 3 4 5 6; do run $text-dense$n --data $text --model dense --n_layer $n; done
+        for n in 3 4 5 6; do run $text-plain$n --data $text --model plain --n_layer $n; done
         run $text-tsa --data $text
         run $text-exit --data $text --model exit
         run $text-halt-lam0.03 --data $text --model halt
+        variant $text-halt-shares.4-lam0.03 shares.4 --data $text --model halt
     done
-    for n in 1 2; do run shakespeare-dense$n --model dense --n_layer $n; done
+    for n in 1 2; do run shakespeare-plain$n --data shakespeare --model plain --n_layer $n; done
+    variant shakespeare-straight straight --data shakespeare --lam 0.01
+    variant shakespeare-constant constant --data shakespeare
 
-    # The paper's size
-    for n in 5 6; do run paper-dense$n --preset paper --model dense --n_layer $n; done
-    run paper-tsa --preset paper
+    # Python, 12 layers
+    deep="--data stdlib --learning_rate 3e-3 --warmup_iters 300"
+    for n in 6 8 9 10 12; do run deep-plain$n $deep --model plain --n_layer $n; done
+    run deep-halt-lam0.03 $deep --model halt --n_layer 12
+    for n in 10 12; do run deep-several$n $deep --model halt --lam 0 --n_layer $n; done
 done
 
-# Other settings: one seed
+# The learning rate of 12 layers on Python
+for seed in 0 1; do
+    for lr in 2e-3 3e-3; do
+        run rate-plain12-lr$lr-w100 --data stdlib --model plain --n_layer 12 --learning_rate $lr
+    done
+done
 seed=0
-run shakespeare-tsa-lam0 --lam 0
-run shakespeare-tsa-lam0.05 --lam 0.05
-run shakespeare-tsa-bias-3 --gate_bias -3
-run shakespeare-tsa-bias1 --gate_bias 1
-run shakespeare-halt-lam0.015 --model halt --lam 0.015
-run shakespeare-halt-lam0.06 --model halt --lam 0.06
-run stdlib-halt-lam0.015 --data stdlib --model halt --lam 0.015
-for text in shakespeare stdlib; do run $text-halt-lam0 --data $text --model halt --lam 0; done
-
-# These runs need a change to tsa.py first: the gate of README.md ("Your own gate"), the constant gate of exercise 2,
-# the shares of exercise 3 or 0.4, 0.1 and 0.5, or the loss in report/LOG.md (early exit with frozen keys and values).
-# The tables give the seeds.
-# run shakespeare-straight --gate straight --lam 0.01
-# run chain-straight --data chain --gate straight --lam 0.01
-# run shakespeare-constant
-# run shakespeare-exit-frozen --model exit --threshold 0.75
-# for text in shakespeare stdlib; do
-#     run $text-halt-shares.1-lam0.03 --data $text --model halt
-#     run $text-halt-shares.1-lam0.015 --data $text --model halt --lam 0.015
-#     run $text-halt-shares.4-lam0.03 --data $text --model halt
-#     run $text-halt-shares.4-lam0.015 --data $text --model halt --lam 0.015
-# done
-
-# Scores beside result.json: skipping blocks with small gates, early exit's thresholds, hops of chains
-for folder in out/{shakespeare,stdlib}-tsa*; do
-    python -m report.depth $folder/ckpt.pt --gate skip --threshold 0.9
+for flags in "4e-3 300" "3e-3 600"; do
+    set -- $flags
+    run rate-plain12-lr$1-w$2 --data stdlib --model plain --n_layer 12 --learning_rate $1 --warmup_iters $2
 done
-for folder in out/{shakespeare,stdlib}-exit-s?; do python -m report.depth $folder/ckpt.pt --threshold .75; done
-python -m report.depth out/shakespeare-exit-s0/ckpt.pt --threshold .99 .95 .9 .85 .8 .7 .65 .6 .55 .5 .4 .3
-for folder in out/chain-*; do python -m report.depth $folder/ckpt.pt; done
-for folder in out/chain-tsa-s?; do
-    python -m report.depth $folder/ckpt.pt --gate skip --threshold 0.8 0.9 0.95
+
+# Other settings, one seed
+run shakespeare-tsa-lam0 --data shakespeare --lam 0
+run shakespeare-tsa-lam0.05 --data shakespeare --lam 0.05
+run shakespeare-tsa-bias-3 --data shakespeare --gate_bias -3
+run shakespeare-tsa-bias1 --data shakespeare --gate_bias 1
+run shakespeare-halt-lam0.06 --data shakespeare --model halt --lam 0.06
+variant shakespeare-exit-kept exit-kept --data shakespeare --model exit --threshold 0.75
+for text in shakespeare stdlib; do
+    run $text-halt-lam0 --data $text --model halt --lam 0
+    run $text-halt-lam0.015 --data $text --model halt --lam 0.015
+    variant $text-halt-shares.4-lam0.015 shares.4 --data $text --model halt --lam 0.015
+    for lam in 0.015 0.03; do variant $text-halt-shares.1-lam$lam shares.1 --data $text --model halt --lam $lam; done
+done
+
+# The paper's size
+for seed in 0 1 2; do
+    for n in 5 6; do run paper-plain$n --data shakespeare --preset paper --model plain --n_layer $n; done
+    run paper-tsa --data shakespeare --preset paper
+done
+seed=0
+run paper-exit --data shakespeare --preset paper --model exit
+
+# Scores beside result.json: other gates and thresholds, and hops of chains
+for folder in out/{shakespeare,stdlib}-tsa*; do score $folder/ckpt.pt --gate skip --threshold 0.9; done
+for folder in out/{shakespeare,stdlib}-exit-s?; do score $folder/ckpt.pt --threshold .75; done
+score out/shakespeare-exit-s0/ckpt.pt --threshold .99 .95 .9 .85 .8 .7 .65 .6 .55 .5 .4 .3
+score out/paper-exit-s0/ckpt.pt --threshold .99 .95 .9 .85 .8 .75 .7 .65 .6 .55 .5 .4 .3
+for folder in out/chain-*; do score $folder/ckpt.pt; done
+for folder in out/chain-tsa-s?; do score $folder/ckpt.pt --gate skip --threshold 0.8 0.9 0.95; done
+for folder in out/chain-exit-s?; do score $folder/ckpt.pt --variant exit-floor --threshold .9 .99; done
+for folder in out/paper-tsa-s?; do
+    score $folder/ckpt.pt --gate skip --threshold 0.7 0.9
+    for gate in ones close round-up; do score $folder/ckpt.pt --gate $gate --threshold 0.5; done
+    score $folder/ckpt.pt --threshold .3 .4 .5 .6 .7 .8 .9
 done
 
 # The test split, once, after all choices had been made on the validation split
-for folder in out/{shakespeare,stdlib}-{dense4,dense5,dense6,tsa,halt-lam0.03}-s?; do
-    python -m report.depth $folder/ckpt.pt --split test
+for folder in out/{shakespeare,stdlib}-{plain4,plain5,plain6,tsa,halt-lam0.03}-s? out/deep-*; do
+    score $folder/ckpt.pt --split test
 done
 for folder in out/{shakespeare,stdlib}-tsa-s?; do
-    python -m report.depth $folder/ckpt.pt --split test --gate skip --threshold 0.9
+    score $folder/ckpt.pt --split test --gate skip --threshold 0.9
 done
-for folder in out/{shakespeare,stdlib}-exit-s?; do
-    python -m report.depth $folder/ckpt.pt --split test --threshold 0.75
-done
+for folder in out/{shakespeare,stdlib}-exit-s?; do score $folder/ckpt.pt --split test --threshold 0.75; done
 
-python -m report.plot out --csv report/results.csv
-python -m report.plot out/{shakespeare,stdlib}-{dense[3456],tsa,exit,halt-lam0.0*}-s? --svg report/frontier.svg
-python -m report.figure chain out/chain-halt-lam0.03-s0/ckpt.pt out/chain-tsa-s0/ckpt.pt report/chain.svg
+# Tables, figures and timings
+python -m report.plot out --commit "$(git rev-parse --short HEAD)" --csv report/results.csv --svg report/frontier.svg
+python -m report.depth out/paper-tsa-s0/ckpt.pt --histogram report/gates.svg
+rm -f report/clock.csv      # clock.py appends
+python -m report.clock --out report/clock.csv
+for name in chain shakespeare; do python -m report.clock out/$name-halt-lam0.03-s0/ckpt.pt --out report/clock.csv; done
+
+# The checkpoints that come with the code: half precision, without the optimizer's state
+ship() {
+    python - "$1" "$2" <<END
+import sys, torch
+saved = torch.load(sys.argv[1], weights_only=True)
+del saved["optimizer"]
+saved["model"] = {name: tensor.half() for name, tensor in saved["model"].items()}
+torch.save(saved, sys.argv[2])
+END
+}
+ship out/chain-halt-lam0.03-s0/ckpt.pt report/chain-halt.pt
+ship out/chain-tsa-s0/ckpt.pt report/chain-tsa.pt
+ship out/shakespeare-halt-lam0.03-s0/ckpt.pt report/text-halt.pt

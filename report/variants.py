@@ -99,7 +99,7 @@ def main(argv=None):
     args, flags = parser.parse_known_args(argv)
     if args.name in VARIANTS:
         VARIANTS[args.name]()
-    else:
+    elif "--resume" not in flags:
         flags += ["--gate", args.name]
     if args.init_from:
         start, make_optimizer = train.load_checkpoint(args.init_from)[0], train.make_optimizer
