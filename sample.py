@@ -88,16 +88,15 @@ def write_map(model, vocab, idx, sparse, answers):
     settled = [model.head(norm(x))[0].argmax(-1).tolist() for norm, x in zip(norms, outputs)]       # (L, T)
     final, gates = logits[0].argmax(-1).tolist(), gates[:, 0]                              # (T,), (L, T)
 
-    def character(c):
-        return "⏎" if c == "\n" else c
-
+    shown = [{"\n": "⏎", " ": "␣"}.get(c, c) for c in vocab]
     width = max((shutil.get_terminal_size().columns - len("answer  ")) // 2, 1)
     for start in range(0, T, width):
         columns = range(start, min(start + width, T))
         for l in reversed(range(L)):
-            cells = [character(vocab[settled[l][t]]) if gates[l, t] != 0 or not sparse else " " for t in columns]
-            print(f"block {l:<2}" + "".join(paint(f" {c}", gates[l, t].item()) for c, t in zip(cells, columns)))
-        print("token   " + "".join(f" {character(vocab[idx[0, t]])}" for t in columns))
+            cells = [shown[settled[l][t]] if gates[l, t] != 0 or not sparse else " " for t in columns]
+            row = "".join(paint(f" {c}", gates[l, t].item()) for c, t in zip(cells, columns))
+            print(f"block {l:<2}{row}".rstrip())
+        print("token   " + "".join(f" {shown[idx[0, t]]}" for t in columns))
         if answers:
             wrong = "\033[31m {}\033[0m" if is_colored() else "!{}"
             marked = (f" {answers[t]}" if vocab[final[t]] == answers[t] else wrong.format(answers[t]) for t in columns)

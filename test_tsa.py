@@ -866,8 +866,8 @@ def test_map_shows_the_prediction_after_each_block(model, sparse, capsys, monkey
     monkeypatch.setenv("COLUMNS", "20")         # 6 columns of 2 characters, then 3
     sample.write_map(model, vocab, idx, sparse, answers="j" * 9)
     lines = capsys.readouterr().out.split("\n")
-    assert [line[:8] for line in lines[:7]] == [f"block {l} " for l in (3, 2, 1, 0)] + ["token   ", "answer  ", ""]
-    rows = [first[8:] + second[8:] for first, second in zip(lines[:6], lines[7:])]
+    assert [line[:7].strip() for line in lines[:7]] == [f"block {l}" for l in (3, 2, 1, 0)] + ["token", "answer", ""]
+    rows = [first[8:].ljust(12) + second[8:].ljust(6) for first, second in zip(lines[:6], lines[7:])]
     x = embed_by_hand(model, idx)
     for l, block in enumerate(model.blocks):
         norm = model.exit_norms[l] if hasattr(model, "exit_norms") and l < 3 else model.ln_f

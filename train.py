@@ -253,6 +253,7 @@ def main(argv=None):
     if saved.get("checksum", checksum) != checksum:
         raise ValueError(f"--data {args.data}: the text has changed since this run started; restore the old one")
     windows = [tokens.to(args.device) for tokens in corpus.windows("val", args.block_size)]     # idx, targets (n, T)
+    some_windows = [tokens[:EVAL_WINDOWS] for tokens in windows]
     corpus.splits["train"] = corpus.splits["train"].to(args.device)
 
     # Model, optimizer and output folder
@@ -265,8 +266,10 @@ def main(argv=None):
     optimizer = make_optimizer(model.to(args.device))
     if resumed:
         optimizer.load_state_dict(saved["optimizer"])
+    elif out_dir.exists():
+        raise ValueError(f"{out_dir} exists: continue its run with --resume {out_dir}, or use another --out_dir")
     else:
-        out_dir.mkdir(parents=True)         # raises an OSError if it exists, so that no run overwrites another
+        out_dir.mkdir(parents=True)         # fails if another run has just made it
     flags = {name: value for name, value in vars(args).items() if name != "out_dir"}
     n_params = sum(parameter.numel() for parameter in model.parameters())
     print(*(f"{name}={value}" for name, value in flags.items()))
@@ -308,8 +311,8 @@ def main(argv=None):
                       *(f"{gate:.2f}" for gate in by_block[1:]), f" {1000 * per_step:.0f} ms/step, "
                       f"{per_step * (args.max_iters - step) / 60:.1f} min left")
             if evaluates:
-                print(f"{EVAL_WINDOWS} validation windows: ", end="")
-                rows.append(row | score(model, [tokens[:EVAL_WINDOWS] for tokens in windows]))
+                print(f"{len(some_windows[0])} validation windows: ", end="")
+                rows.append(row | score(model, some_windows))
                 saved = dict(config=vars(model.config), flags=flags, vocab=corpus.vocab, prompt=corpus.prompt,
                              example=corpus.example, checksum=checksum, step=step, rows=rows,
                              seconds=time.perf_counter() - began, model=model.state_dict(),
