@@ -364,8 +364,8 @@ class Halt(Transformer):
 
     def forward(self, idx, sparse=False, cache=None):
         """
-        In a full pass no update is scaled: logits come from the last block, and in place of gates survive (L, B, T) is
-        returned, the probability that the token reaches the block.
+        In a full pass no update is scaled: logits come from the last block, and the gates are survive (L, B, T), the
+        probability that the token reaches the block.
         """
         if sparse:
             return super().forward(idx, sparse, cache)

@@ -21,6 +21,7 @@ from train import user_errors
 COLUMNS = ("setting", "run", "split", "model", "gate", "n_layer", "lam", "threshold", "variant", "gate_bias", "seed",
            "val_loss", "val_loss_sparse", "tlops_saved", "macs_saved", "accuracy", "permuted", "permuted_sparse", "ran",
            "gates", "hops", "n_params", "device", "dtype", "torch", "seconds", "commit")
+LAYERS = {"deep": 12, "rate": 12}       # layers of the plain model of a setting, elsewhere 6
 SCORES = ("val_loss", "val_loss_sparse", "tlops_saved", "macs_saved")
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}      # number of seeds: 97.5% quantile of Student's t
 
@@ -51,7 +52,7 @@ def read_rows(folders, commit):
             else:
                 rows.append(result | score)
     for row in filter(is_plain, rows):      # what fewer layers save compared with the setting's plain model
-        L = 12 if row["setting"] == "deep" else 6
+        L = LAYERS.get(row["setting"], 6)
         row["tlops_saved"] = 1 - row["n_layer"] / L
         row["macs_saved"] = fewer_layers(argparse.Namespace(**row), row["n_layer"], L)
         row["val_loss_sparse"] = row["val_loss"]
@@ -144,7 +145,7 @@ def main(argv=None):
         raise ValueError(f"no finished run (result.json) under {', '.join(args.folders)}")
     summary = summarize(rows)
     for line in summary:
-        print("{name:32} {split:4} {gate!s:8} {threshold!s:4} {variant:10} n={n}".format(**line),
+        print("{name:32} {split:4} {gate!s:8} {threshold!s:4} {variant:10} n={n}".format(**line).replace("None", "    "),
               *("{:.4f} ± {:.4f}".format(*line[score]) for score in SCORES[:2]),
               *("{:.1%} ± {:.1%}".format(*line[score]) for score in SCORES[2:]), sep="  ")
     for reference in ("plain", "several"):
