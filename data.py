@@ -39,7 +39,7 @@ LETTERS = string.ascii_letters[:(ROUNDS - 1) * PLACES]      # a letter for each 
 class Data:
     """
     An encoded corpus: token i is the character vocab[i]. `splits` maps "train", "val" and "test" to integer tensors.
-    For a text, a split is one stream of tokens (n,). For a task, it holds n pairs of idx and targets (n, 2, T);
+    For a text, a split is one stream of tokens (n,). For a task, it holds the idx and targets of n sequences (n, 2, T);
     targets of -1 are not scored, and there is no test split. train.py never uses "test", so keep it for final results.
     """
     vocab: str
@@ -110,10 +110,10 @@ def text_data(text, split=None):
     return Data(vocab, splits, prompt="\n" if "\n" in vocab else vocab[0], example=text[a:a + 64])
 
 
-def task_data(vocab, idx, targets, prompt_length):
-    """idx and targets (n, T) -> Data, with the last VAL sequences for validation."""
+def task_data(vocab, idx, targets, prompt_length, example=0):
+    """idx and targets (n, T) -> Data, with the last VAL sequences for validation, one of them as the example."""
     pairs = torch.from_numpy(np.stack([idx, targets], axis=1).astype(np.int32))
-    example = "".join(vocab[i] for i in idx[-1])
+    example = "".join(vocab[i] for i in idx[example - VAL])
     return Data(vocab, {"train": pairs[:-VAL], "val": pairs[-VAL:]}, example[:prompt_length], example)
 
 
@@ -139,8 +139,8 @@ def chain():
     target at each place is the digit at the end of its chain of letters, so each hop (following one letter) depends on
     the one before. No digit or letter occurs twice within a round, so chains never merge. A sequence and its targets:
 
-        698305 13fcda 5klgh0 opmrnq usxtvw
-        698305 135836 536130 615033 563103
+        741853 4bfadc lhi0gj nm4o30 uwtx56
+        741853 443781 143047 414330 431056
     """
     rng = np.random.default_rng(0)
     n = CHAIN_TRAIN + VAL
@@ -155,7 +155,7 @@ def chain():
         reached = np.take_along_axis(targets, before, axis=1)
         idx = np.hstack([idx, np.where(is_digit, digits, len(DIGITS) + before)])
         targets = np.hstack([targets, np.where(is_digit, digits, reached)])
-    return task_data(DIGITS + LETTERS, idx, targets, 0)
+    return task_data(DIGITS + LETTERS, idx, targets, 0, example=666)       # the one above: `t` makes 4 hops
 
 
 def chain_answers(text):
@@ -163,7 +163,7 @@ def chain_answers(text):
     answers = ""
     for c in text:
         if c not in DIGITS and LETTERS.index(c) >= len(answers):
-            raise ValueError(f"{c!r} in position {len(answers)} must point to an earlier one (a: 0, b: 1, ...)")
+            raise ValueError(f"{c!r} in position {len(answers)} must point to an earlier place (a: 0, b: 1, ...)")
         answers += c if c in DIGITS else answers[LETTERS.index(c)]
     return answers
 

@@ -2,7 +2,7 @@
 Inspect a trained model:
 
     python sample.py                            generate text; colors show at which depth each character was predicted
-    python sample.py report/chain-halt.pt       show what the model predicts for each token after each block
+    python sample.py report/chain-halt.pt       show what the model predicts at each token after each block
 """
 import argparse
 import os
@@ -25,11 +25,12 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(prog="sample.py", usage=argparse.SUPPRESS,
                                      description="Generate text with a trained model, or show its predictions.")
     add = parser.add_argument
-    add("ckpt", type=Path, nargs="?", help="checkpoint; by default the newest out/*/ckpt.pt, or report/text-halt.pt")
-    add("--map", action="store_true", help="show the prediction for each token of the prompt after each block")
+    add("ckpt", type=Path, nargs="?",
+        help="checkpoint; by default the newest out/*/ckpt.pt, or if there is none, report/text-halt.pt")
+    add("--map", action="store_true", help="show the prediction at each token of the prompt after each block")
     add("--prompt", help="text to continue or to map; by default from the checkpoint")
     add("--sparse", action=argparse.BooleanOptionalAction,
-        help="skip the blocks whose inference gate is 0; the default, except for tsa, which is not trained that way")
+        help="skip blocks whose inference gate is 0; on by default, except for tsa, whose training never skips")
     add("--max_new_tokens", type=COUNT, default=500, help="tokens to generate (default: 500)")
     add("--temperature", type=between(0.0, 100.0), default=0.8, help="0: the most likely token (default: 0.8)")
     add("--top_k", type=COUNT, help="sample from the k most likely tokens; by default from all")
@@ -77,8 +78,8 @@ def write_text(model, vocab, idx, args, sparse):
 def write_map(model, vocab, idx, sparse, answers):
     """
     Print a row per block, the last on top, and a column per token of idx (1, T). A cell shows the character that the
-    model would predict after that block, and is blank if the token skipped it. Below `answers`, if there are any, wrong
-    predictions are marked.
+    model would predict after that block, and is blank if the token skipped it. If `answers` are given, a last row shows
+    them and marks those that the model got wrong.
     """
     outputs, L, T = [], model.config.n_layer, idx.size(1)
     for block in model.blocks:

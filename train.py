@@ -38,7 +38,8 @@ def between(low, high):
         except ValueError:
             value = math.nan
         if not low <= value <= high:        # also refuses nan
-            raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
+            raise argparse.ArgumentTypeError(f"{text} is not {'an integer' if type(low) is int else 'a number'} "
+                                             f"from {low} to {high}")
         return value
     return convert
 
@@ -48,7 +49,7 @@ FLAGS = {       # default (where it depends on preset or model, one for each), t
     "model": ("tsa", MODELS, "plain: the plain transformer; tsa: the paper's model; exit: early exit; halt: halting"),
     "preset": ("laptop", ("laptop", "paper"), "model size and training hyperparameters"),
     "data": ("auto", str, "shakespeare, enwik8, stdlib, copy, sort, chain, or a UTF-8 text file; auto: shakespeare, or "
-                          "stdlib if that cannot be downloaded"),
+                          "stdlib if Shakespeare cannot be downloaded"),
     "n_layer": (6, COUNT, "number of blocks"),
     "n_head": (dict(laptop=4, paper=8), COUNT, "number of attention heads"),
     "n_embd": (dict(laptop=128, paper=256), COUNT, "embedding width"),
@@ -65,7 +66,7 @@ FLAGS = {       # default (where it depends on preset or model, one for each), t
     "lam_ramp": (dict(tsa=0.0, halt=0.5), SHARE, "lam rises from 0 over this share of training"),
     "seed": (0, between(0, 2**63 - 1), "random seed"),
     "device": ("auto", str, "cpu, cuda, cuda:1, mps ...; auto: the best one available"),
-    "dtype": ("auto", ("auto", "float32", "bfloat16"), "of the forward pass in training; auto: bfloat16 if supported"),
+    "dtype": ("auto", ("auto", "float32", "bfloat16"), "of the training forward pass; auto: bfloat16 if supported"),
     "compile": (0, between(0, 1), "1: compile the loss with torch.compile"),
     "eval_interval": (dict(laptop=200, paper=250), COUNT, "steps between evaluations, which also save a checkpoint"),
     "out_dir": ("auto", str, "output folder, which must not exist yet; auto: a new one under out/"),
@@ -84,7 +85,7 @@ def parse_flags(argv):
     """Return the flags of a new run as a dictionary; with --resume, only those given."""
     parser = argparse.ArgumentParser(prog="train.py", usage=argparse.SUPPRESS, allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS, description="Train and evaluate a model.")
-    parser.add_argument("--resume", metavar="DIR", help="continue the run in DIR with its own flags, except --device")
+    parser.add_argument("--resume", metavar="DIR", help="continue the run in DIR; only --device can be changed")
     for name, (default, kind, text) in FLAGS.items():
         if isinstance(default, dict):
             default = ", ".join(f"{key} {value}" for key, value in default.items())
@@ -141,7 +142,8 @@ def supports_bfloat16(device):
 @contextlib.contextmanager
 def precision(device, dtype):
     """The context of a training step's forward pass."""
-    # On a CPU, PyTorch's fused attention is slow in bfloat16. Despite its name, the next line applies to CPUs too.
+    # On a CPU, fused attention is slow in bfloat16, so use the unfused kernel, and let it accumulate in bfloat16 (despite
+    # its name, the next line applies to CPUs too).
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     unfused = sdpa_kernel(SDPBackend.MATH) if (device, dtype) == ("cpu", "bfloat16") else contextlib.nullcontext()
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16"), unfused:
@@ -149,7 +151,7 @@ def precision(device, dtype):
 
 
 def keep_freed_memory():
-    """Let glibc reuse freed memory instead of returning it to the system: training on a CPU is 15% faster."""
+    """Let glibc reuse freed memory instead of returning it to the system, which speeds up training on CPUs."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-4, 0)             # M_MMAP_MAX
         libc.mallopt(-1, 2**31 - 1)     # M_TRIM_THRESHOLD
@@ -190,7 +192,7 @@ def evaluate(model, windows, sparse, batch_size=64):
 
 
 def score(model, windows):
-    """Evaluate the model full and sparse, for the checkpoint and result.json."""
+    """Evaluate a full and a sparse pass; print and return the scores for the checkpoint and result.json."""
     val_loss, gates, _ = evaluate(model, windows, sparse=False)
     val_loss_sparse, _, ran = evaluate(model, windows, sparse=True)
     tlops_saved, macs_saved = savings(model.config, ran, windows[0].size(1))
@@ -216,7 +218,7 @@ def make_optimizer(model):
 
 
 def schedule(step, warmup_iters, max_iters):
-    """Learning-rate factor: linear warm-up times a cosine from 1 at the first step to 0.1 at the last."""
+    """The learning-rate multiplier: linear warm-up times a cosine decay from 1 (first step) to 0.1 (last step)."""
     progress = (step - 1) / max(max_iters - 1, 1)
     return min(step / max(warmup_iters, 1), 1) * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
 
@@ -318,7 +320,7 @@ def main(argv=None):
                              seconds=time.perf_counter() - began, model=model.state_dict(),
                              optimizer=optimizer.state_dict())
                 torch.save(saved, out_dir / "ckpt.tmp")
-                os.replace(out_dir / "ckpt.tmp", out_dir / "ckpt.pt")       # a kill leaves the old file or the new
+                os.replace(out_dir / "ckpt.tmp", out_dir / "ckpt.pt")   # even if killed here, one of the two is intact
     except KeyboardInterrupt:
         hint = "no checkpoint yet"
         if (out_dir / "ckpt.pt").exists():
@@ -330,7 +332,7 @@ def main(argv=None):
     result = flags | {"vocab_size": len(corpus.vocab), "n_params": n_params, "torch": torch.__version__, "rows": rows}
     result |= score(model, windows) | {"seconds": round(time.perf_counter() - began)}
     (out_dir / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
-    print(f"to generate text or show the gates: python sample.py {out_dir / 'ckpt.pt'}")
+    print(f"to generate text or show predictions: python sample.py {out_dir / 'ckpt.pt'}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ After every block but the last, a router computes from x the probability p that 
 
 Nothing is sampled: the gate is computed from p. Every model runs in two ways:
 
-    model(idx)                  full: every block is computed for every token, and scaled by the training gates
+    model(idx)                  full: every block is computed for every token, scaled by the training gates, if any
     model(idx, sparse=True)     sparse: a token whose inference gate is 0 skips the block and keeps its x
 
 Other tokens still attend to the keys and values of a token that skips, so a skipped block is cheap, but not free.
@@ -160,8 +160,8 @@ class Block(nn.Module):
     def forward(self, x, gate=None, sparse=False, cache=None, source=None):
         """
         x (B, T, C), gate (B, T) -> (B, T, C). Without a gate, this is the plain block. If sparse, gather the tokens
-        whose gate is not 0, compute only those, and scatter them back; the result is the same. Keys and values are
-        computed from `source` (B, T, C), which defaults to x; only Halt passes another.
+        whose gate is not 0, compute only those, and scatter them back; the result is that of multiplying by the gates.
+        Keys and values are computed from `source` (B, T, C), which defaults to x; only Halt passes another.
         """
         h = self.ln1(x)
         # Keys and values of all tokens, because others attend to those that skip.
@@ -172,13 +172,13 @@ class Block(nn.Module):
 
         at, x_all = None, x
         if sparse:
-            assert not self.training, "skipping needs eval mode, because dropout would differ"
+            assert not self.training, "call eval() first: skipping would change the dropout"
             n = max(gate.count_nonzero(1).tolist())     # the largest number of open gates in any sequence
             if n == 0:
                 return x
             if n < x.size(1):
-                # Gather n tokens from each sequence. Each row of `at` lists the positions of open gates, then positions
-                # of closed gates as padding. Padding comes back unchanged, because its gate is 0.
+                # Gather n tokens from each sequence: a sort puts the positions of open gates first, and the rest of
+                # the row is padding. Padding comes back unchanged, because its gate is 0.
                 #
                 #     gate  0 1 1 0    at  1 2    gate.gather(1, at)  1 1
                 #           1 0 0 0        0 1                        1 0    <- position 1 is padding
@@ -224,7 +224,7 @@ class Transformer(nn.Module):
         """
         x, gate, gates = self.embed(idx, cache), None, []
         for l, block in enumerate(self.blocks):
-            if l > 0:       # block 0 has no gate, because a token knows nothing about its context until it has run
+            if l > 0:       # block 0 has no gate, because before it has run, x contains nothing of the context
                 gate = self.next_gate(l, x, gate, sparse)
             x = block(x, gate, sparse, cache)
             gates.append(torch.ones(idx.shape, device=idx.device) if gate is None else gate)
@@ -242,8 +242,8 @@ class Transformer(nn.Module):
 
     def next_gate(self, l, x, gate, sparse):
         """
-        The gate (B, T) of block l, from the output x (B, T, C) and the gate of block l - 1, because a token that has
-        stopped stays stopped. None means a plain block.
+        The gate (B, T) of block l, from the output x (B, T, C) of block l - 1 and from its gate, so that a token that
+        has stopped stays stopped. None means a plain block.
         """
         return None
 
@@ -280,9 +280,9 @@ class Exit(Transformer):
     """
     Early exit (Elbayad et al. 2020, arXiv 1910.10073), the paper's baseline. In training, every token runs all blocks,
     and the model predicts after each, with a LayerNorm per block and the tied head. In a sparse pass, a token exits as
-    soon as its largest softmax probability exceeds the threshold, and is predicted with the LayerNorm of that block.
+    soon as its largest softmax probability exceeds the threshold, and the LayerNorm of that block gives its logits.
     """
-    FIRST = 1       # the first block after which a token may exit (paper, section 1)
+    FIRST = 1       # the first block after which a token may exit, as in the TSA paper
 
     def __init__(self, config):
         super().__init__(config)
@@ -303,7 +303,7 @@ class Exit(Transformer):
         return self.head(h)
 
     def loss(self, idx, targets):
-        """Return the mean of the cross-entropies after each of the L blocks (paper, section 1) and gates of 1."""
+        """Return the mean of the cross-entropies after each of the L blocks (as in the TSA paper) and gates of 1."""
         x, total, L = self.embed(idx), 0, len(self.blocks)
         for block, norm in zip(self.blocks, [*self.exit_norms, self.ln_f]):
             x = block(x)
@@ -325,7 +325,7 @@ class Halt(Transformer):
 
     The first three terms are means over the scored tokens, the last two over all tokens. The first is the expected loss
     of PonderNet (Banino et al. 2021, arXiv 2107.05407). In a sparse pass, a token halts at the first p above the
-    threshold. One LayerNorm, ln_f, serves all blocks: a LayerNorm per block, as in Exit, gains less than 0.2%.
+    threshold. One LayerNorm, ln_f, serves all blocks; a LayerNorm per block, as in Exit, gains almost nothing.
     """
     HALT_SHARE, EVERY_SHARE, LAST_SHARE, BARRIER = 0.2, 0.05, 0.75, 1e-4
 
@@ -342,14 +342,14 @@ class Halt(Transformer):
         Run every block for every token, even past the point where it would halt, so that every depth gets a loss. Yield
         each block's output x (B, T, C), survive (B, T) and the logit of p (B, T).
         """
-        # Keys and values are computed from `kept`, as in a sparse pass: x while the token runs, and from then on the x
-        # with which it would halt. Three tokens a, b and c, where a would halt after block 0, b after block 1, and a1
-        # is the x of token a after block 1:
+        # Keys and values are computed from `kept`, as in a sparse pass: x up to the block after which the token would
+        # halt, and that block's x thereafter. Three tokens a, b and c, where a would halt after block 0 and b after
+        # block 1 (a1 is the x of token a after block 1):
         #
-        #     block             0          1          2          3
-        #     x           ->    a0 b0 c0   a1 b1 c1   a2 b2 c2   a3 b3 c3      queries, and the losses
-        #     kept        ->    a0 b0 c0   a0 b1 c1   a0 b1 c2   a0 b1 c3      keys and values of the next block
-        #     running     ->    0  1  1    0  0  1    0  0  1    0  0  0
+        #     after block 0          1          2          3
+        #     x           a0 b0 c0   a1 b1 c1   a2 b2 c2   a3 b3 c3      the next block's queries, and the losses
+        #     kept        a0 b0 c0   a0 b1 c1   a0 b1 c2   a0 b1 c3      the next block's keys and values
+        #     running     0  1  1    0  0  1    0  0  1    0  0  0
         x = kept = self.embed(idx, cache)
         survive = torch.ones(idx.shape, device=idx.device)
         running = torch.ones(idx.shape, device=idx.device, dtype=torch.bool)
@@ -373,12 +373,12 @@ class Halt(Transformer):
         return self.head(self.ln_f(outputs[-1])), torch.stack(survives)
 
     def loss(self, idx, targets):
-        """Equation (5) without its last line, which train.py adds, and survive (L, B, T)."""
+        """Return equation (5) without its last line, which train.py adds, and survive (L, B, T)."""
         outputs, survives, logits = zip(*self.run_all(idx))
         survive, logits, L = torch.stack(survives), torch.stack(logits), len(outputs)      # (L, B, T)
         l = torch.arange(L, device=idx.device).view(L, 1, 1)
-        # The routers learn here: survive and p are not detached, so the gradient of this share and of the depth penalty
-        # moves p. The other two shares are constants.
+        # The routers learn here: survive and p are not detached, so the first share and the depth penalty move p. The
+        # other two shares are constants, and the barrier only keeps p away from 0 and 1.
         weight = (self.HALT_SHARE * survive * torch.sigmoid(logits) + self.EVERY_SHARE / (L - 1) * (l > 0)
                   + self.LAST_SHARE * (l == L - 1))                                        # (L, B, T)
         losses = torch.stack([token_loss(self.head(self.ln_f(x)), targets) for x in outputs])

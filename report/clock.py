@@ -1,11 +1,11 @@
 """
 Measure what skipping saves in wall-clock time: python -m report.clock out/halt-1/ckpt.pt --out report/clock.csv
 
-Time the plain model, one with half of its layers and the sparse model alternately, in one process and in float32.
-Prefill processes whole windows; decode processes the second half of each window token by token. All gates are replayed:
-the model's own, and random ones, open with one of the probabilities in KEEPS. The text is from the validation split;
-without a checkpoint, the text and the weights are random, at the paper's width. `predicted` is the speed-up predicted
-from the saved multiply-adds alone.
+Time three models in turn, in one process and in float32: the plain model, one with half of its layers, and the sparse
+model. Prefill processes whole windows; decode processes the second half of each window token by token. All gates are
+replayed: the model's own, and random ones, open with one of the probabilities in KEEPS. The text is from the validation
+split; without a checkpoint, the text and the weights are random, at the paper's width. `predicted` is the speed-up
+predicted from the saved multiply-adds alone.
 """
 import argparse
 import contextlib
@@ -25,7 +25,7 @@ from train import keep_freed_memory, load_checkpoint, pick_device, user_errors
 from tsa import MODELS, Config, savings
 
 BATCHES = {"prefill": (64, 8, 1), "decode": (8, 1)}
-KEEPS = (0.726, 0.5, 0.3)       # 0.726 is the paper's alpha on Tiny-Shakespeare
+KEEPS = (0.726, 0.5, 0.3)       # 0.726 is the mean gate that the paper reports on Tiny-Shakespeare
 
 
 def timed(call, device):
@@ -59,7 +59,7 @@ def decode(model, idx, gates):
 
 
 def draw_gates(config, idx, keep):
-    """Random switches (L, B, T): block 0 runs for all tokens, the other blocks for a share `keep` of them."""
+    """Random switches (L, B, T): block 0 runs for all tokens, the others for a share `keep` on average."""
     gates = (torch.rand(config.n_layer, *idx.shape, device=idx.device) < keep).float()
     gates[0] = 1
     if config.model in ("exit", "halt"):        # a stopped token stays stopped: move the open gates to the front

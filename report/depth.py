@@ -3,10 +3,10 @@ Score a trained model in more detail than train.py does:
 
     python -m report.depth out/tsa-1/ckpt.pt --gate skip --threshold 0.9
 
-For each threshold, score the whole split full and sparse: both losses, both savings, the accuracy, and the losses with
-permuted gates (each token gets the gates of the token at the same position in another sequence). If those hardly
-differ, it hardly matters which token gets which gates. For chains, also report accuracy and blocks run by number of
-hops. The rows are added to scores.json next to the checkpoint. --histogram draws the gates of a full pass.
+For each threshold, score a full and a sparse pass over the whole split: losses, savings, accuracy, and the losses with
+permuted gates (each token gets the gates of the token at the same position in another sequence). If permuting hardly
+changes the loss, it hardly matters which token gets which gates. For chains, also report accuracy and blocks run by
+number of hops. The rows are added to scores.json next to the checkpoint. --histogram draws the gates of a full pass.
 """
 import argparse
 import contextlib

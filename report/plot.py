@@ -2,8 +2,8 @@
 Collect finished runs: python -m report.plot out --csv report/results.csv --svg report/frontier.svg
 
 Read every result.json under the folders, and the scores.json of report.depth beside it. Folders are named
-SETTING-NAME-s0, -s1, ... for runs that differ only in their seed. Print means and standard deviations over the seeds,
-then each model against the plain models at equal multiply-adds: their losses, trained with the same seed, are
+FAMILY-NAME-s0, -s1, ... for runs that differ only in their seed. Print means and standard deviations over the seeds,
+then each model against plain models of equal multiply-adds: the losses of plain models with the same seed are
 interpolated to the multiply-adds that the model saved. Rows named `several` are models trained with halting's losses
 at every block (--model halt --lam 0) but run as plain ones. The plot shows the loss against the multiply-adds saved.
 With --rows, read the rows of a csv file as well.
@@ -18,10 +18,10 @@ import numpy as np
 
 from train import user_errors
 
-COLUMNS = ("setting", "run", "split", "model", "gate", "n_layer", "lam", "threshold", "variant", "gate_bias", "seed",
+COLUMNS = ("family", "run", "split", "model", "gate", "n_layer", "lam", "threshold", "variant", "gate_bias", "seed",
            "val_loss", "val_loss_sparse", "tlops_saved", "macs_saved", "accuracy", "permuted", "permuted_sparse", "ran",
            "gates", "hops", "n_params", "device", "dtype", "torch", "seconds", "commit")
-LAYERS = {"deep": 12, "rate": 12}       # layers of the plain model of a setting, elsewhere 6
+LAYERS = {"deep": 12, "rate": 12}       # layers of the plain model of a family, elsewhere 6
 SCORES = ("val_loss", "val_loss_sparse", "tlops_saved", "macs_saved")
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}      # number of seeds: 97.5% quantile of Student's t
 
@@ -43,7 +43,7 @@ def read_rows(folders, commit):
     for path in sorted(path for folder in folders for path in Path(folder).rglob("result.json")):
         result = json.loads(path.read_text("utf-8"))
         name = path.parent.name
-        result |= {"run": name, "setting": name.partition("-")[0], "split": "val", "variant": "", "commit": commit}
+        result |= {"run": name, "family": name.partition("-")[0], "split": "val", "variant": "", "commit": commit}
         rows.append(result)
         scores = path.with_name("scores.json")
         for score in json.loads(scores.read_text("utf-8")) if scores.exists() else []:
@@ -51,8 +51,8 @@ def read_rows(folders, commit):
                 result |= score
             else:
                 rows.append(result | score)
-    for row in filter(is_plain, rows):      # what fewer layers save compared with the setting's plain model
-        L = LAYERS.get(row["setting"], 6)
+    for row in filter(is_plain, rows):      # what fewer layers save compared with the family's plain model
+        L = LAYERS.get(row["family"], 6)
         row["tlops_saved"] = 1 - row["n_layer"] / L
         row["macs_saved"] = fewer_layers(argparse.Namespace(**row), row["n_layer"], L)
         row["val_loss_sparse"] = row["val_loss"]
@@ -76,28 +76,28 @@ def summarize(rows):
     """Rows -> a dictionary per group of seeds, with the mean and standard deviation of each score."""
     groups = {}
     for row in rows:
-        key = row["setting"], name_of(row), row["split"], row.get("gate"), row.get("threshold"), row["variant"]
+        key = row["family"], name_of(row), row["split"], row.get("gate"), row.get("threshold"), row["variant"]
         groups.setdefault(key, []).append(row)
     summary = []
     for key, group in groups.items():
-        line = dict(zip(("setting", "name", "split", "gate", "threshold", "variant"), key), n=len(group), rows=group,
+        line = dict(zip(("family", "name", "split", "gate", "threshold", "variant"), key), n=len(group), rows=group,
                     model="several" if "several" in key[1] else group[0]["model"])
         for score in SCORES:
             values = [row[score] for row in group]
             line[score] = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
         summary.append(line)
-    return sorted(summary, key=lambda line: (line["setting"], line["split"], line["macs_saved"]))
+    return sorted(summary, key=lambda line: (line["family"], line["split"], line["macs_saved"]))
 
 
 def against_plain(line, rows, reference="plain"):
     """
-    The differences, by seed, of a line's sparse loss to the reference models of equal multiply-adds; seeds without a
+    The differences, by seed, of a line's sparse loss from the reference models of equal multiply-adds; seeds without a
     reference that saves at least as much are left out.
     """
     differences = []
     for row in line["rows"]:
         points = sorted({(other["macs_saved"], other["val_loss_sparse"]) for other in rows
-                         if name_of(other).startswith(f"{row['setting']}-{reference}") and other["seed"] == row["seed"]
+                         if name_of(other).startswith(f"{row['family']}-{reference}") and other["seed"] == row["seed"]
                          and other["split"] == row["split"]})
         if points and points[0][0] == 0 and row["macs_saved"] <= points[-1][0]:
             differences.append(row["val_loss_sparse"] - np.interp(row["macs_saved"], *zip(*points)))
@@ -106,15 +106,15 @@ def against_plain(line, rows, reference="plain"):
 
 def draw(summary, path):
     from matplotlib.figure import Figure        # only the figures of report/ need matplotlib
-    settings = {"shakespeare": "Shakespeare, 6 layers", "deep": "Python, 12 layers"}
+    families = {"shakespeare": "Shakespeare, 6 layers", "deep": "Python, 12 layers"}
     styles = {"plain": ("plain", "C0"), "halt": ("halting", "C1"), "exit": ("early exit", "C2"),
-              "tsa soft": ("the paper's gate, thresholded", "C3"), "tsa skip": ("the paper's gate, skip", "C4")}
-    figure = Figure(figsize=(5 * len(settings), 4), layout="constrained")
-    for axes, (setting, title) in zip(figure.subplots(1, len(settings), squeeze=False)[0], settings.items()):
+              "tsa soft": ("the paper's gate, rounded", "C3"), "tsa skip": ("the paper's gate, skip", "C4")}
+    figure = Figure(figsize=(5 * len(families), 4), layout="constrained")
+    for axes, (family, title) in zip(figure.subplots(1, len(families), squeeze=False)[0], families.items()):
         curves = {}
         for line in summary:
             name = f"{line['model']} {line['gate'] or ''}".strip()
-            if line["setting"] == setting and line["split"] == "val" and name in styles:
+            if line["family"] == family and line["split"] == "val" and name in styles:
                 curves.setdefault(name, []).append((100 * line["macs_saved"][0], *line["val_loss_sparse"]))
         for name, points in curves.items():
             saved, loss, spread = zip(*points)
@@ -145,7 +145,8 @@ def main(argv=None):
         raise ValueError(f"no finished run (result.json) under {', '.join(args.folders)}")
     summary = summarize(rows)
     for line in summary:
-        print("{name:32} {split:4} {gate!s:8} {threshold!s:4} {variant:10} n={n}".format(**line).replace("None", "    "),
+        name = "{name:32} {split:4} {gate!s:8} {threshold!s:4} {variant:12} n={n}".format(**line)
+        print(name.replace("None", "    "),
               *("{:.4f} ± {:.4f}".format(*line[score]) for score in SCORES[:2]),
               *("{:.1%} ± {:.1%}".format(*line[score]) for score in SCORES[2:]), sep="  ")
     for reference in ("plain", "several"):
@@ -161,7 +162,7 @@ def main(argv=None):
         with open(args.csv, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
             writer.writeheader()
-            writer.writerows(sorted(rows, key=lambda row: (row["setting"], row["run"])))
+            writer.writerows(sorted(rows, key=lambda row: (row["family"], row["run"])))
     if args.svg:
         draw(summary, args.svg)
 

@@ -92,7 +92,7 @@ score out/shakespeare-exit-s0/ckpt.pt --threshold .99 .95 .9 .85 .8 .7 .65 .6 .5
 score out/paper-exit-s0/ckpt.pt --threshold .99 .95 .9 .85 .8 .75 .7 .65 .6 .55 .5 .4 .3
 for folder in out/chain-*; do score $folder/ckpt.pt; done
 for folder in out/chain-tsa-s?; do score $folder/ckpt.pt --gate skip --threshold 0.8 0.9 0.95; done
-for folder in out/chain-exit-s?; do score $folder/ckpt.pt --variant exit-floor --threshold .9 .99; done
+for folder in out/chain-exit-s?; do score $folder/ckpt.pt --variant exit-nofloor --threshold .9 .99; done
 for folder in out/paper-tsa-s?; do
     score $folder/ckpt.pt --gate skip --threshold 0.7 0.9
     for gate in ones close round-up; do score $folder/ckpt.pt --gate $gate --threshold 0.5; done

@@ -78,7 +78,7 @@ def test_variants_change_what_they_say(restore):
         losses.append(F.cross_entropy(model.head(norm(x)).flatten(0, 1), targets.flatten()))
     variants.exit_heavy()
     torch.testing.assert_close(model.loss(idx, targets)[0], 0.75 * losses[3] + 0.25 * sum(losses[:3]) / 3)
-    variants.exit_floor()
+    variants.exit_nofloor()
     assert model(idx, sparse=True)[1][1].mean() < 1         # some tokens exit after block 0
     variants.exit_kept()
     seen = []
@@ -179,7 +179,7 @@ def test_chains_are_scored_by_hops():
 # clock.py and plot.py
 
 def test_clock_times_each_way_to_run(finished, monkeypatch):  # noqa: F811
-    """The plain model is the baseline for all others; the model's own gates are timed as well as random ones."""
+    """The plain model is the baseline for all others; both its own gates and random ones are timed."""
     monkeypatch.setattr(clock, "BATCHES", {"prefill": (3,), "decode": (2,)})
     seconds, timed = itertools.cycle([2, 1, 1, 1, 1, 1]), []       # the plain model, then the five others
     monkeypatch.setattr(clock, "timed", lambda call, device: timed.append(call()) or next(seconds))
@@ -206,7 +206,7 @@ def test_random_gates_of_a_halting_model_never_reopen():
 
 
 def row(run, threshold, loss, seed=0, macs=0.0, **settings):
-    name = dict(setting=run.partition("-")[0], run=run, split="val", gate=None, threshold=threshold, model="halt",
+    name = dict(family=run.partition("-")[0], run=run, split="val", gate=None, threshold=threshold, model="halt",
                 variant="", seed=seed, tlops_saved=0.5)
     return name | dict(val_loss=loss, val_loss_sparse=loss, macs_saved=macs) | settings
 
@@ -233,7 +233,7 @@ def test_models_are_compared_at_equal_multiply_adds_with_their_own_seed():
 
 
 def test_plain_model_saves_what_its_missing_layers_would_cost(tmp_path):
-    """All savings in the tables are relative to the setting's plain model: 12 layers on Python, 6 elsewhere."""
+    """All savings in the tables are relative to the family's plain model: 12 layers on Python, 6 elsewhere."""
     result = dict(model="plain", data="t.txt", preset="laptop", vocab_size=65, block_size=64, n_embd=128, n_head=4,
                   n_layer=3, val_loss=1.0)
     config, layer = Config(**{k: result[k] for k in ("vocab_size", "block_size", "n_embd")}), 12 * 128 ** 2 + 64 * 128

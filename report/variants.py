@@ -1,5 +1,5 @@
 """
-Train a modified model. The modifications are those behind the rows of report/README.md:
+Train a modified model, as for many rows of report/README.md:
 
     python -m report.variants stretch --data chain --lam 0.03       # a gate design; train.py's flags follow
     python -m report.variants exit-heavy --model exit               # another change
@@ -53,13 +53,13 @@ def shares(halt, every, last):
     Halt.HALT_SHARE, Halt.EVERY_SHARE, Halt.LAST_SHARE = halt, every, last
 
 
-def exit_floor():
+def exit_nofloor():
     """A token may exit after block 0. Only inference changes."""
     Exit.FIRST = 0
 
 
 def exit_heavy():
-    """The last block has 75% of the loss weight, as in Halt, instead of one share in L."""
+    """The last block has 75% of the loss weight, as in Halt, instead of 1/L."""
     def loss(self, idx, targets):
         x, total, L = self.embed(idx), 0, len(self.blocks)
         for l, (block, norm) in enumerate(zip(self.blocks, [*self.exit_norms, self.ln_f])):
@@ -87,8 +87,8 @@ def exit_kept():
 
 
 VARIANTS = {"constant": constant, "shares.4": functools.partial(shares, 0.4, 0.1, 0.5),
-            "shares.1": functools.partial(shares, 0.1, 0.03, 0.87), "exit-floor": exit_floor, "exit-heavy": exit_heavy,
-            "exit-kept": exit_kept}
+            "shares.1": functools.partial(shares, 0.1, 0.03, 0.87), "exit-nofloor": exit_nofloor,
+            "exit-heavy": exit_heavy, "exit-kept": exit_kept}
 
 
 @train.user_errors()
