@@ -2,7 +2,7 @@
 Train and evaluate a model:
 
     python train.py --data chain --model halt       every flag has a default; --help lists them
-    python train.py --resume out/halt               continue an interrupted run
+    python train.py --resume out/halt-1             continue an interrupted run
 
 Each step's random numbers depend only on (seed, step), so on the same device a resumed run is bit-identical to one that
 was never interrupted, and evaluation does not affect training.
@@ -142,8 +142,8 @@ def supports_bfloat16(device):
 @contextlib.contextmanager
 def precision(device, dtype):
     """The context of a training step's forward pass."""
-    # On a CPU, fused attention is slow in bfloat16, so use the unfused kernel, and let it accumulate in bfloat16 (despite
-    # its name, the next line applies to CPUs too).
+    # On a CPU, fused attention is slow in bfloat16, so use the unfused kernel, and let it accumulate in bfloat16. (The
+    # next line applies to CPUs, too, despite its name.)
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     unfused = sdpa_kernel(SDPBackend.MATH) if (device, dtype) == ("cpu", "bfloat16") else contextlib.nullcontext()
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16"), unfused:

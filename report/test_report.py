@@ -25,6 +25,7 @@ def test_shipped_chain_models_do_what_the_readme_shows(name, loss, answers, caps
     windows = [part[:300] for part in data.load("chain").windows("val", 30)]
     full, sparse = (train.evaluate(model, windows, sparse)[0] for sparse in (False, True))
     assert full < loss and (sparse < loss if answers else sparse > 0.5) and "optimizer" not in saved
+    assert len(depth.score(model, windows, is_chain=True)["hops"]) == 5
     assert run(sample, HERE / "report" / f"{name}.pt", "--device", "cpu", "--sparse") == 0
     out = capsys.readouterr().out
     readme = (HERE / "README.md").read_text(encoding="utf-8")
@@ -106,7 +107,7 @@ def test_run_starts_from_a_checkpoint(finished, run_train, tmp_path, restore, te
 # ----------------------------------------------------------------------------------------------------------------
 # depth.py
 
-def test_scores_of_report_are_those_of_training(finished, text_file):  # noqa: F811
+def test_scores_of_report_are_those_of_training(finished, text_file, monkeypatch):  # noqa: F811
     """The tables mix rows of depth.py and train.py, and a sweep must not confuse one score with another."""
     def score(*flags):
         assert run(depth, finished / "ckpt.pt", "--device", "cpu", *flags) == 0
@@ -128,6 +129,10 @@ def test_scores_of_report_are_those_of_training(finished, text_file):  # noqa: F
     idx, targets = data.load(str(text_file)).windows("val", 16)
     by_hand = [masked(model, x[None])[0][0].argmax(-1) for x in idx]
     assert rows[0]["accuracy"] == pytest.approx((torch.stack(by_hand) == targets).float().mean().item())
+    drawn = []
+    monkeypatch.setattr(depth, "draw_histogram", lambda gates, path: drawn.append(gates))
+    score("--histogram", "x.svg")
+    assert drawn[0].mean((1, 2)).tolist() == pytest.approx(result["gates"])        # the gates of a full pass
     collected = plot.read_rows([finished], "")
     assert [row["split"] for row in collected] == ["val", "val", "val", "test"]
     assert collected[0]["val_loss"] == rows[0]["val_loss"] and collected[3]["val_loss"] == rows[3]["val_loss"]
@@ -256,6 +261,8 @@ def test_figures_show_what_their_axes_say(monkeypatch):
     line = row("deep-halt-s0", .5, None, macs_saved=(0.25, 0), val_loss=(9, 9), val_loss_sparse=(1.5, 0.1))
     plot.draw([line | {"name": "deep-halt"}], "x")
     assert axes.errorbar.call_args.args[:2] == ((25,), (1.5,))
+    low, high = axes.set.call_args.kwargs["ylim"]
+    assert low < 1.5 < high
     depth.draw_histogram(torch.tensor([[[1.0]], [[0.3]], [[0.7]]]), "x")
     assert [call.args[0] for call in axes.hist.call_args_list] == [pytest.approx([0.3]), pytest.approx([0.7])]
     assert axes.axvline.call_args.args == (0.5,)
