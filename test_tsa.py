@@ -149,6 +149,10 @@ def test_sequence_of_wrong_length_is_refused():
     for model, T in ((tiny(), 17), (tiny(), 0), (tiny(block_size=1), 2)):
         with pytest.raises(ValueError, match=f"{T} tokens.*block_size"):
             model(tokens(T=T))
+    model, cache = tiny(), {}
+    model(tokens(), cache=cache)
+    with pytest.raises(ValueError, match="17 tokens"):
+        model(tokens(T=1), cache=cache)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -222,10 +226,14 @@ def test_exited_token_stops(monkeypatch, first):
         expected[leaves] = prediction[leaves]
         running = running & ~leaves
     torch.testing.assert_close(logits, expected)
+    sure = tiny("exit", threshold=1.0)
+    sure.wte.weight.data.mul_(1000)
+    assert sure(idx, sparse=True)[1].eq(1).all()        # a confidence equal to the threshold does not exit
 
 
 def test_halting_loss_and_its_gradient_by_hand(monkeypatch):
     """Equation (5) holds, and a token halts in the same state in training as at inference."""
+    assert (Halt.HALT_SHARE, Halt.EVERY_SHARE, Halt.LAST_SHARE, Halt.BARRIER) == (0.2, 0.05, 0.75, 1e-4)
     for name, value in (("HALT_SHARE", 0.5), ("EVERY_SHARE", 0.2), ("LAST_SHARE", 0.3), ("BARRIER", 0.01)):
         monkeypatch.setattr(Halt, name, value)
     model, idx, targets = tiny("halt", seed=6, threshold=0.3), tokens(), tokens(seed=2)
@@ -251,6 +259,13 @@ def test_halting_loss_and_its_gradient_by_hand(monkeypatch):
     sparse, gates = masked(model, idx)
     torch.testing.assert_close(sparse, model.ln_f(kept) @ model.wte.weight.T)
     assert len(gates.sum(0).unique()) > 2
+    model.config.threshold = 0.5
+    for router in model.routers:        # a p equal to the threshold does not halt, neither here nor in training
+        torch.nn.init.zeros_(router.out.weight)
+        torch.nn.init.zeros_(router.out.bias)
+    sparse, gates = model(idx, sparse=True)
+    assert gates.eq(1).all()
+    torch.testing.assert_close(model(idx)[0], sparse)
 
 
 def test_barrier_reopens_a_saturated_router():
@@ -344,8 +359,8 @@ def test_generation_computes_one_token_per_step_and_greedy_is_argmax(monkeypatch
     assert torch.equal(greedy, tiny_temperature) and greedy[0].item() == model(text)[0][0, -1].argmax()
     embed = model.embed
     monkeypatch.setattr(model, "embed", lambda idx, cache=None: sizes.append(idx.size(1)) or embed(idx, cache))
-    list(generate(model, text, 20))
-    assert sizes == [1] * 16 + [8] + [1] * 3
+    list(generate(model.train(), text, 20))
+    assert sizes == [1] * 16 + [8] + [1] * 3 and not model.training
     with pytest.raises(AssertionError, match="one token at a time"):
         model(tokens(T=2), cache={model.blocks[0].attn: (None, 3)})
 
@@ -399,6 +414,7 @@ def test_text_comes_back_split_at_characters(tmp_path, monkeypatch):
     (tmp_path / "t.txt").write_text(text, encoding="utf-8")
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("enwik8", text)
+    assert data.ENWIK8_SPLIT == (90_000_000, 95_000_000)        # the paper's
     monkeypatch.setattr(data, "FOLDER", tmp_path)
     monkeypatch.setitem(data.FILES, "enwik8", (path.name, "", hashlib.sha256(path.read_bytes()).hexdigest()))
     monkeypatch.setattr(data, "ENWIK8_SPLIT", (300, 400))
@@ -428,7 +444,7 @@ def test_target_of_a_chain_is_the_digit_that_the_letters_lead_to():
     """With wrong targets a model could only guess, so this test follows the letters one at a time."""
     corpus = data.load("chain")
     idx, targets = corpus.windows("val", 30)
-    assert corpus.example in {"".join(corpus.vocab[i] for i in row) for row in idx.tolist()}
+    assert corpus.example == "7418534bfadclhi0gjnm4o30uwtx56"       # the same chains in every run
     assert idx.shape == (1000, 30) and len(corpus.splits["train"]) == 100_000 and not corpus.prompt
     for row, target in zip(idx[:20], targets):
         text, answers = ("".join(corpus.vocab[i] for i in tokens) for tokens in (row, target))
@@ -439,8 +455,7 @@ def test_target_of_a_chain_is_the_digit_that_the_letters_lead_to():
                 at = data.LETTERS.index(text[at])
             assert answers[place] == text[at]
         assert answers == data.chain_answers(text)
-        letters = [c for c in text if c.isalpha()]
-        assert len(set(letters)) == len(letters)
+        assert all(len(set(places.tolist())) == 6 for places in row.split(6))       # so that chains stay apart
     assert 0.19 < (idx[:, 6:] < 10).double().mean() < 0.21         # DIGIT_SHARE
     with pytest.raises(ValueError, match="'b' in position 1"):
         data.chain_answers("7bc")
@@ -619,6 +634,10 @@ def test_defaults_are_those_of_preset_task_and_model(capsys):
     expected = dict(n_layer=6, n_head=8, n_embd=256, block_size=128, batch_size=64, max_iters=5000, learning_rate=3e-4,
                     warmup_iters=0, dropout=0.1, lam=0.001, lam_ramp=0, gate_bias=-1.0, threshold=0.5, gate="soft")
     assert expected.items() <= flags.items()
+    expected = dict(learning_rate=1.5e-3, batch_size=32, max_iters=2400, block_size=64, warmup_iters=100, n_embd=128)
+    assert expected.items() <= train.parse_flags([]).items()
+    expected = dict(max_iters=1500, learning_rate=2e-3, batch_size=64, block_size=30, n_embd=64)
+    assert expected.items() <= train.parse_flags(["--data", "chain"]).items()
     flags = train.parse_flags(["--data", "copy", "--preset", "paper", "--n_embd", "64"])
     assert dict(n_embd=64, block_size=64, batch_size=256, max_iters=390, learning_rate=3e-4).items() <= flags.items()
     flags = train.parse_flags(["--model", "exit"])
@@ -669,7 +688,7 @@ def test_depth_penalty_rises_over_its_share_of_training(run_train, tmp_path, fla
 
 
 @pytest.mark.parametrize("model", ["tsa", "halt"])
-def test_task_trains_on_its_own_sequences_in_bfloat16(run_train, monkeypatch, model):
+def test_task_trains_on_its_own_sequences_in_bfloat16(run_train, tmp_path, monkeypatch, model):
     """Training sees whole sequences of the training split, with blocks in bfloat16 and logits in float32."""
     seen, loss = [], MODELS[model].loss
 
@@ -681,7 +700,10 @@ def test_task_trains_on_its_own_sequences_in_bfloat16(run_train, monkeypatch, mo
 
     monkeypatch.setattr(MODELS[model], "loss", watched)
     assert run_train("--model", model, "--data", "copy", "--block_size", 64, "--max_iters", 2, "--eval_interval", 1,
-                     "--dtype", "bfloat16") == 0
+                     "--dtype", "bfloat16", *WILD) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    config = train.load_checkpoint(tmp_path / "run" / "ckpt.pt")[0].config
+    assert result["macs_saved"] == savings(config, result["ran"], T=42)[1]      # the sequences are shorter than 64
     assert torch.backends.cuda.flash_sdp_enabled()
     known = data.load("copy").splits["train"].tolist()
     assert all(list(pair) in known for pair in seen[:4] + seen[-4:])
@@ -689,11 +711,13 @@ def test_task_trains_on_its_own_sequences_in_bfloat16(run_train, monkeypatch, mo
 
 def test_compiled_loss_trains_the_same_model(run_train, tmp_path, monkeypatch):
     """One graph without breaks, and the weights of a run without --compile."""
-    compiled = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda loss: compiled(loss, fullgraph=True, backend="aot_eager"))
+    compiled, losses = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda loss: losses.append(loss) or compiled(loss, fullgraph=True,
+                                                                                      backend="aot_eager"))
     for flag in (0, 1):
         assert run_train("--model", "halt", "--max_iters", 2, "--compile", flag, "--out_dir", tmp_path / str(flag)) == 0
     a, b = (train.load_checkpoint(tmp_path / str(flag) / "ckpt.pt")[1]["model"] for flag in (0, 1))
+    assert len(losses) == 1
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-3)
 
@@ -720,7 +744,7 @@ def test_diverged_run_stops_and_keeps_its_checkpoint(run_train, tmp_path, monkey
 # User errors
 
 @pytest.mark.parametrize("content, word", [(b"", "empty"), (b"aaaa" * 99, "one character"),
-                                           (b"abcdef" * 9, "block_size"), (b"ab\xff" * 999, "utf-8")])
+                                           (b"abcdefgh" * 20, "block_size"), (b"ab\xff" * 999, "utf-8")])
 def test_bad_text_is_one_line(run_train, text_file, tmp_path, capsys, content, word):
     """An empty, one-character, too short or binary text is reported, and no folder is left behind."""
     text_file.write_bytes(content)
@@ -782,6 +806,7 @@ def test_no_run_overwrites_another_or_changes_its_text(finished, run_train, tmp_
     text_file.write_text(text[:100] + text[100:200][::-1] + text[200:])     # the same alphabet and validation split
     refused(capsys, run(train, "--resume", finished, "--device", "cpu"), "text has changed")
     assert (finished / "ckpt.pt").read_bytes() == before
+    refused(capsys, run(train, "--resume", finished, "--device", "abacus"), "abacus")      # another device, if asked
     monkeypatch.chdir(tmp_path)
     interrupt(monkeypatch, 1)
     for _ in range(2):
@@ -854,6 +879,7 @@ def test_scales_are_sampled_as_they_were_trained(run_sample):
         ["--no-sparse"], [], ["--seed", 1], ["--top_k", 1], ["--temperature", 0], ["--sparse"])))
     assert all("all 3 blocks were computed for every token" in remark for remark in remarks[:5])
     assert texts[0] == texts[1] != texts[2] and texts[3] == texts[4] and "sparse: " in remarks[5]
+    assert texts[0].startswith("\n")        # the corpus's own prompt
 
 
 @pytest.mark.parametrize("model, sparse", [("plain", False), ("tsa", False), ("exit", True), ("halt", True)])
@@ -864,7 +890,9 @@ def test_map_shows_the_prediction_after_each_block(model, sparse, capsys, monkey
     monkeypatch.setenv("COLUMNS", "20")         # 6 columns of 2 characters, then 3
     answers = "".join(vocab[i] for i in logits[0].argmax(-1)).replace("\n", "?")[:8] + "?"     # some right, one wrong
     sample.write_map(model, vocab, idx, sparse, answers)
-    lines = capsys.readouterr().out.split("\n")
+    out, remarks = capsys.readouterr()
+    ran, lines = (gates != 0).double().mean((1, 2)).tolist(), out.split("\n")
+    assert not sparse or f"{savings(model.config, ran, T=9)[1]:.1%} of multiply-adds" in remarks
     assert [line[:7].strip() for line in lines[:7]] == [f"block {l}" for l in (3, 2, 1, 0)] + ["token", "answer", ""]
     rows = [first[8:].ljust(12) + second[8:].ljust(6) for first, second in zip(lines[:6], lines[7:])]
     x = embed_by_hand(model, idx)
@@ -892,7 +920,9 @@ def test_map_of_a_chain_marks_wrong_answers_and_takes_the_readers_own(tmp_path, 
     terminal()
     assert run(sample, "--device", "cpu", "--prompt", "7ab", "--sparse") == 0
     out = capsys.readouterr().out
-    assert out.count("\033[31m") == answer.count("!") and out.count("48;5;217m") >= 3     # block 0 ran for every token
+    assert out.count("\033[31m") == answer.count("!")
+    cells = re.findall(r"48;5;(\d+)m (.)", out)
+    assert len(cells) == 6 and all(color == ("153" if c == " " else "217") for color, c in cells)
     refused(capsys, run(sample, "--device", "cpu", "--prompt", "b7"), "'b' in position 0")
 
 

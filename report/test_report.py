@@ -1,4 +1,5 @@
 """Tests of the programs in report/: the published numbers depend on them. Run with `python -m pytest -q`."""
+import csv
 import itertools
 import json
 import re
@@ -72,6 +73,8 @@ def test_variants_change_what_they_say(restore):
     assert all(len(gate.unique()) == 1 for gate in gates) and len(gates.unique()) == 4
     variants.VARIANTS["shares.4"]()
     assert (Halt.HALT_SHARE, Halt.EVERY_SHARE, Halt.LAST_SHARE) == (0.4, 0.1, 0.5)
+    variants.VARIANTS["shares.1"]()
+    assert (Halt.HALT_SHARE, Halt.EVERY_SHARE, Halt.LAST_SHARE) == (0.1, 0.03, 0.87)
     model = tiny("exit", threshold=0.4)
     x, losses = model.embed(idx), []
     for block, norm in zip(model.blocks, [*model.exit_norms, model.ln_f]):
@@ -107,17 +110,18 @@ def test_run_starts_from_a_checkpoint(finished, run_train, tmp_path, restore, te
 # ----------------------------------------------------------------------------------------------------------------
 # depth.py
 
-def test_scores_of_report_are_those_of_training(finished, text_file, monkeypatch):  # noqa: F811
+def test_scores_of_report_are_those_of_training(finished, text_file, monkeypatch, capsys, restore):  # noqa: F811
     """The tables mix rows of depth.py and train.py, and a sweep must not confuse one score with another."""
     def score(*flags):
         assert run(depth, finished / "ckpt.pt", "--device", "cpu", *flags) == 0
         return json.loads((finished / "scores.json").read_text())
     score("--threshold", 0.5, 0.2)
-    score("--gate", "skip", "--threshold", 0.6)
+    score("--gate", "skip", "--threshold", 0.5)
     rows = score("--split", "test")
     result = json.loads((finished / "result.json").read_text())
     assert [(row["split"], row["gate"], row["threshold"]) for row in rows] == [
-        ("val", "soft", 0.5), ("val", "soft", 0.2), ("val", "skip", 0.6), ("test", "soft", 0.5)]
+        ("val", "soft", 0.5), ("val", "soft", 0.2), ("val", "skip", 0.5), ("test", "soft", 0.5)]
+    assert rows[2]["val_loss_sparse"] != rows[0]["val_loss_sparse"]
     for key in ("val_loss", "val_loss_sparse", "tlops_saved", "macs_saved"):
         assert rows[0][key] == pytest.approx(result[key], abs=1e-5)
     assert rows[1]["tlops_saved"] > rows[0]["tlops_saved"] and rows[0]["permuted"] != rows[0]["val_loss"]
@@ -138,7 +142,27 @@ def test_scores_of_report_are_those_of_training(finished, text_file, monkeypatch
     assert collected[0]["val_loss"] == rows[0]["val_loss"] and collected[3]["val_loss"] == rows[3]["val_loss"]
     assert run(plot, finished.parent, "--csv", finished / "r.csv") == 0
     assert (finished / "r.csv").read_text().count("\n") == 5
-    assert [row["val_loss"] for row in plot.read_csv(finished / "r.csv")] == [row["val_loss"] for row in collected]
+    from_csv = plot.read_csv(finished / "r.csv")
+    assert [row["val_loss"] for row in from_csv] == [row["val_loss"] for row in collected]
+    assert from_csv[0]["threshold"] == 0.5 and float(from_csv[0]["permuted_sparse"]) == rows[0]["permuted_sparse"]
+    capsys.readouterr()
+    assert run(plot, finished.parent, "--rows", finished / "r.csv") == 0 and "n=2" not in capsys.readouterr().out
+    rows = score("--variant", "constant")
+    assert [row["variant"] for row in rows] == [""] * 4 + ["constant"] and rows[4]["val_loss"] != rows[0]["val_loss"]
+
+
+def test_unscored_tokens_and_short_sequences_count_as_in_training():
+    """In the tasks, the source is not scored and sequences are shorter than block_size."""
+    model, idx, targets = tiny(gate="skip", threshold=0.8), tokens(B=5, T=12), tokens(B=5, T=12, seed=2)
+    targets[:, :5] = -1
+    row, (loss, _, ran) = depth.score(model, (idx, targets), False), train.evaluate(model, (idx, targets), True)
+    assert row["val_loss_sparse"] == pytest.approx(loss)
+    assert row["macs_saved"] == pytest.approx(tsa.savings(model.config, ran, T=12)[1])
+    right = (masked(model, idx)[0].argmax(-1) == targets)[:, 5:]
+    assert row["accuracy"] == pytest.approx(right.float().mean().item())
+    torch.manual_seed(0)
+    with depth.replay(model, depth.permute_tokens(model(idx)[1])):
+        assert row["permuted"] == pytest.approx(train.evaluate(model, (idx, targets), False)[0])
 
 
 @pytest.mark.parametrize("settings", HARD[1:])
@@ -148,8 +172,12 @@ def test_replayed_gates_are_the_ones_that_run(settings):
     logits, gates = model(idx, sparse=True)
     with depth.replay(model, gates):
         torch.testing.assert_close(model(idx, sparse=True)[0], logits)
+    called, last = [], (getattr(model, "routers", None) or model.exit_norms)[2]
+    last.register_forward_hook(lambda *_: called.append(1))
     with depth.replay(model, torch.ones_like(gates)):
-        assert model(idx, sparse=True)[1].eq(1).all()
+        assert model(idx, sparse=True)[1].eq(1).all() and called        # the cost of its own gates stays
+    by_part, whole = depth.run(model, (idx, idx), True, gates, batch_size=2)[0], depth.run(model, (idx, idx), True)[0]
+    torch.testing.assert_close(by_part, whole)
     torch.testing.assert_close(model(idx, sparse=True)[0], logits)
 
 
@@ -194,6 +222,7 @@ def test_clock_times_each_way_to_run(finished, monkeypatch):  # noqa: F811
     assert all(float(line[8]) == 1 == float(line[9]) for line in lines[1::6]) and len(timed) == 2 * 4 * 6
     assert all(float(line[8]) == 2 for i, line in enumerate(lines[1:]) if i % 6)
     assert all(float(line[9]) > 2 for line in lines[2::6])          # 1 layer instead of 3
+    assert float(lines[3][5]) == 1000 and float(lines[9][5]) == 1000 / 8        # milliseconds, for each of 8 tokens
     model, saved = train.load_checkpoint(finished / "ckpt.pt")
     text = data.load(saved["flags"]["data"]).windows("val", 16)[0].flatten()
     for line, B, start in ((lines[3], 3, 0), (lines[9], 2, 8)):
@@ -219,22 +248,30 @@ def row(run, threshold, loss, seed=0, macs=0.0, **settings):
 def test_mean_and_spread_are_over_the_seeds_of_a_name():
     """A mean over different models, or over scores with another threshold, would be meaningless."""
     rows = [row("a-halt-s0", .5, 1.0), row("a-halt-s1", .5, 2.0, macs=1.0), row("a-halt-s1", .9, 5.0),
-            row("a-other-s0", .5, 9.0)]
+            row("a-other-s0", .5, 9.0), row("a-halt-s0", .5, 7.0, split="test"), row("a-halt-s0", .5, 8.0, variant="x")]
     summary = plot.summarize(rows)
     assert sorted((line["name"], line["n"], line["val_loss"][0]) for line in summary) == [
-        ("a-halt", 1, 5.0), ("a-halt", 2, 1.5), ("a-other", 1, 9.0)]
+        ("a-halt", 1, 5.0), ("a-halt", 1, 7.0), ("a-halt", 1, 8.0), ("a-halt", 2, 1.5), ("a-other", 1, 9.0)]
     assert next(line for line in summary if line["n"] == 2)["macs_saved"][1] == pytest.approx(0.5 ** 0.5)
 
 
-def test_models_are_compared_at_equal_multiply_adds_with_their_own_seed():
+def test_models_are_compared_at_equal_multiply_adds_with_their_own_seed(tmp_path, capsys):
     """Seeds differ by more than models do, so only paired differences say anything."""
     plain = [row(f"a-plain{n}-s{seed}", None, loss + seed, seed, macs, model="plain")
              for n, loss, macs in ((6, 1.0, 0.0), (5, 1.1, 0.2), (4, 1.5, 0.4)) for seed in (0, 1)]
     test = [other | {"split": "test", "val_loss_sparse": 9.0} for other in plain]
     halts = [row("a-halt-s0", .5, 1.0, 0, 0.1), row("a-halt-s1", .5, 2.5, 1, 0.3), row("a-halt-s2", .5, 2.5, 2, 0.3)]
+    halts = [halt | {"val_loss": 9.0} for halt in halts]
     line = plot.summarize(halts)[0]
+    assert plot.against_plain(line, plain[2:] + halts) == []        # no reference that saves nothing
     assert plot.against_plain(line, plain + test + halts) == pytest.approx([1.0 - 1.05, 2.5 - 2.3])
     assert plot.against_plain(line | {"rows": [halts[0] | {"macs_saved": 0.5}]}, plain) == []      # no extrapolation
+    with open(tmp_path / "r.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, plot.COLUMNS)
+        writer.writeheader()
+        writer.writerows(plain + halts[:2])
+    assert run(plot, "--rows", tmp_path / "r.csv") == 0
+    assert "+0.0750 ± 1.5883" in capsys.readouterr().out        # -0.05 and 0.2: 12.706 · 0.1768 / sqrt(2)
 
 
 def test_plain_model_saves_what_its_missing_layers_would_cost(tmp_path):
@@ -244,9 +281,10 @@ def test_plain_model_saves_what_its_missing_layers_would_cost(tmp_path):
     config, layer = Config(**{k: result[k] for k in ("vocab_size", "block_size", "n_embd")}), 12 * 128 ** 2 + 64 * 128
     for name, L in (("shakespeare-plain3-s0", 6), ("deep-plain3-s0", 12), ("deep-several3-s0", 12)):
         (tmp_path / name).mkdir()
-        kind = {"model": "halt", "macs_saved": -1.0} if "several" in name else {}
+        kind = {"model": "halt", "macs_saved": -1.0, "val_loss_sparse": 9.0} if "several" in name else {}
         (tmp_path / name / "result.json").write_text(json.dumps(result | kind))
         collected = plot.read_rows([tmp_path / name], "")[0]
+        assert collected["val_loss_sparse"] == 1.0
         by_hand = 1 - (3 * layer + 128 * 65) / (L * layer + 128 * 65)
         assert collected["tlops_saved"] == 1 - 3 / L and collected["macs_saved"] == pytest.approx(by_hand)
     assert plot.fewer_layers(config, 6, 6) == 0
@@ -259,7 +297,7 @@ def test_figures_show_what_their_axes_say(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", MagicMock())
     monkeypatch.setitem(sys.modules, "matplotlib.figure", fake)
     line = row("deep-halt-s0", .5, None, macs_saved=(0.25, 0), val_loss=(9, 9), val_loss_sparse=(1.5, 0.1))
-    plot.draw([line | {"name": "deep-halt"}], "x")
+    plot.draw([line | {"name": "deep-halt"}, line | {"name": "deep-halt", "split": "test"}], "x")
     assert axes.errorbar.call_args.args[:2] == ((25,), (1.5,))
     low, high = axes.set.call_args.kwargs["ylim"]
     assert low < 1.5 < high
