@@ -11,7 +11,6 @@ import argparse
 import functools
 
 import torch
-from torch.nn import functional as F
 
 import train
 from tsa import GATES, Exit, Halt, Router, binary, skip, soft, token_loss
@@ -70,25 +69,9 @@ def exit_heavy():
     Exit.loss = loss
 
 
-def exit_kept():
-    """Keys and values are computed from the state in which the token would exit, as in Halt.run_all."""
-    def loss(self, idx, targets):
-        x = kept = self.embed(idx)
-        total, L, running = 0, len(self.blocks), torch.ones(idx.shape, dtype=torch.bool, device=idx.device)
-        for l, (block, norm) in enumerate(zip(self.blocks, [*self.exit_norms, self.ln_f])):
-            x = block(x, source=kept)
-            kept = torch.where(running.unsqueeze(-1), x, kept)
-            logits = self.head(norm(x))
-            total = total + token_loss(logits, targets).sum()
-            if l >= self.FIRST:
-                running = running & (F.softmax(logits, dim=-1).amax(-1) <= self.config.threshold)
-        return total / L / (targets >= 0).sum(), torch.ones(L, *idx.shape, device=idx.device)
-    Exit.loss = loss
-
-
 VARIANTS = {"constant": constant, "shares.4": functools.partial(shares, 0.4, 0.1, 0.5),
             "shares.1": functools.partial(shares, 0.1, 0.03, 0.87), "exit-nofloor": exit_nofloor,
-            "exit-heavy": exit_heavy, "exit-kept": exit_kept}
+            "exit-heavy": exit_heavy}
 
 
 @train.user_errors()
