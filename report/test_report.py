@@ -26,7 +26,8 @@ def test_shipped_chain_models_do_what_the_readme_shows(name, loss, answers, caps
     windows = [part[:300] for part in data.load("chain").windows("val", 30)]
     full, sparse = (train.evaluate(model, windows, sparse)[0] for sparse in (False, True))
     assert full < loss and (sparse < loss if answers else sparse > 0.5) and "optimizer" not in saved
-    assert len(depth.score(model, windows, is_chain=True)["hops"]) == 5
+    hops = depth.score(model, windows, is_chain=True)["hops"]
+    assert len(hops) == 5 and hops[0]["blocks"][0] > 0.99 * hops[0]["n"]        # digits run one block when sparse
     assert run(sample, HERE / "report" / f"{name}.pt", "--device", "cpu", "--sparse") == 0
     out = capsys.readouterr().out
     readme = (HERE / "README.md").read_text(encoding="utf-8")
@@ -37,6 +38,8 @@ def test_shipped_text_model_is_the_default(tmp_path, monkeypatch, capsys):
     """`python sample.py` works before any training, and skips blocks."""
     monkeypatch.chdir(tmp_path)
     assert run(sample, "--device", "cpu", "--max_new_tokens", 20) == 0
+    end = run(depth, HERE / "report" / "text-halt.pt", "--device", "cpu", "--gate", "skip")
+    assert "--gate does not apply" in end
     assert re.search(r"text-halt.pt: halt model.*\n.*sparse: [1-5]\.", capsys.readouterr().err)
     assert sum(path.stat().st_size for path in (HERE / "report").glob("*.pt")) < 4e6
 
@@ -71,6 +74,7 @@ def test_variants_change_what_they_say(restore):
     variants.constant()
     gates = tiny()(idx)[1]
     assert all(len(gate.unique()) == 1 for gate in gates) and len(gates.unique()) == 4
+    assert gates.requires_grad      # the constants are learned
     variants.VARIANTS["shares.4"]()
     assert (Halt.HALT_SHARE, Halt.EVERY_SHARE, Halt.LAST_SHARE) == (0.4, 0.1, 0.5)
     variants.VARIANTS["shares.1"]()
@@ -94,6 +98,7 @@ def test_run_starts_from_a_checkpoint(finished, run_train, tmp_path, restore, te
     assert run(variants, "straight", "--init_from", finished / "ckpt.pt", *flags) == 0
     after, saved = train.load_checkpoint(tmp_path / "tuned" / "ckpt.pt")
     assert saved["flags"]["gate"] == "straight"
+    assert run(variants, "straight", "--resume", tmp_path / "tuned") == 0
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
 
 
@@ -243,6 +248,7 @@ def test_mean_and_spread_are_over_the_seeds_of_a_name():
     assert sorted((line["name"], line["n"], line["val_loss"][0]) for line in summary) == [
         ("a-halt", 1, 5.0), ("a-halt", 1, 7.0), ("a-halt", 1, 8.0), ("a-halt", 2, 1.5), ("a-other", 1, 9.0)]
     assert next(line for line in summary if line["n"] == 2)["macs_saved"][1] == pytest.approx(0.5 ** 0.5)
+    assert plot.name_of({"run": "deep-several-soft-s1"}) == "deep-several-soft"
 
 
 def test_models_are_compared_at_equal_multiply_adds_with_their_own_seed(tmp_path, capsys):
