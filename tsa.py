@@ -160,8 +160,8 @@ class Block(nn.Module):
     def forward(self, x, gate=None, sparse=False, cache=None, source=None):
         """
         x (B, T, C), gate (B, T) -> (B, T, C). Without a gate, this is the plain block. If sparse, gather the tokens
-        whose gate is not 0, compute only those, and scatter them back; the result is the same as multiplying by the gates.
-        Keys and values are computed from `source` (B, T, C), which defaults to x; only Halt passes another.
+        whose gate is not 0, compute only those, and scatter them back, with the same result. Keys and values are
+        computed from `source` (B, T, C), which defaults to x; only Halt passes another.
         """
         h = self.ln1(x)
         # Keys and values of all tokens, because others attend to those that skip.
@@ -211,8 +211,8 @@ class Transformer(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
         for embedding in (self.wte, self.wpe):
             nn.init.normal_(embedding.weight, std=0.02)
-        # As in GPT-2: x is the sum of 2L updates, so each starts with 1 / (2L) of the variance that it would have alone.
-        # The other linear layers keep PyTorch's initialization.
+        # As in GPT-2: x is the sum of 2L updates, so each starts with 1 / (2L) of the variance. The other linear layers
+        # keep PyTorch's initialization.
         for block in self.blocks:
             for linear in (block.attn.proj, block.ffn.proj):
                 nn.init.normal_(linear.weight, std=0.02 / (2 * config.n_layer) ** 0.5)
