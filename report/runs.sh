@@ -45,7 +45,7 @@ for seed in 0 1 2; do
 
     # Python, 12 layers
     deep="--data stdlib --learning_rate 3e-3 --warmup_iters 300"
-    for n in 6 8 9 10 12; do run deep-plain$n $deep --model plain --n_layer $n; done
+    for n in 6 9 10 12; do run deep-plain$n $deep --model plain --n_layer $n; done
     run deep-halt-lam0.03 $deep --model halt --n_layer 12
     for n in 10 12; do run deep-several$n $deep --model halt --lam 0 --n_layer $n; done
 done
@@ -86,13 +86,16 @@ variant paper-straight-from-tsa straight --init_from out/paper-tsa-s0/ckpt.pt --
     --max_iters 200 --learning_rate 1e-4 --eval_interval 100
 
 # Scores beside result.json: other gates and thresholds, and hops of chains
-for folder in out/{shakespeare,stdlib}-tsa*; do score $folder/ckpt.pt --gate skip --threshold 0.9; done
+for folder in out/{shakespeare,stdlib}-tsa-s? out/shakespeare-tsa-lam*-s0; do
+    score $folder/ckpt.pt --gate skip --threshold 0.9
+done
 for folder in out/{shakespeare,stdlib}-exit-s?; do score $folder/ckpt.pt --threshold .75; done
 score out/shakespeare-exit-s0/ckpt.pt --threshold .99 .95 .9 .85 .8 .7 .65 .6 .55 .5 .4 .3
 score out/paper-exit-s0/ckpt.pt --threshold .99 .95 .9 .85 .8 .75 .7 .65 .6 .55 .5 .4 .3
 for folder in out/chain-*; do score $folder/ckpt.pt; done
 for folder in out/chain-tsa-s?; do score $folder/ckpt.pt --gate skip --threshold 0.8 0.9 0.95; done
 for folder in out/chain-exit-s?; do score $folder/ckpt.pt --variant exit-nofloor --threshold .9 .99; done
+for folder in out/deep-halt-lam0.03-s?; do score $folder/ckpt.pt --threshold 0.8; done
 for folder in out/paper-tsa-s?; do score $folder/ckpt.pt --gate skip --threshold 0.7 0.9; done
 for gate in ones close round-up; do score out/paper-tsa-s0/ckpt.pt --gate $gate --threshold 0.5; done
 score out/paper-tsa-s0/ckpt.pt --threshold .3 .4 .6 .7 .8 .9
