@@ -69,7 +69,11 @@ def exit_heavy():
     Exit.loss = loss
 
 
-VARIANTS = {"constant": constant, "shares.4": functools.partial(shares, 0.4, 0.1, 0.5),
+def same():
+    """No change, for --init_from with a model that has no gate."""
+
+
+VARIANTS = {"same": same, "constant": constant, "shares.4": functools.partial(shares, 0.4, 0.1, 0.5),
             "shares.1": functools.partial(shares, 0.1, 0.03, 0.87), "exit-nofloor": exit_nofloor,
             "exit-heavy": exit_heavy}
 
