@@ -113,7 +113,7 @@ def text_data(text, split=None):
 def task_data(vocab, idx, targets, prompt_length, example=0):
     """idx and targets (n, T) -> Data, with the last VAL sequences for validation, one of them as the example."""
     pairs = torch.from_numpy(np.stack([idx, targets], axis=1).astype(np.int32))
-    example = "".join(vocab[i] for i in idx[example - VAL])
+    example = "".join(vocab[i] for i in idx[-VAL:][example])
     return Data(vocab, {"train": pairs[:-VAL], "val": pairs[-VAL:]}, example[:prompt_length], example)
 
 
@@ -126,10 +126,9 @@ def copy_or_sort(name):
     source = np.random.default_rng(0).integers(4, len(vocab), size=(n, SOURCE_LENGTH))
     target = source if name == "copy" else np.sort(source, axis=1)
     bos, sep, eos = (np.full((n, 1), vocab.index(c)) for c in "^|$")
-    rows = np.concatenate([bos, source, sep, target, eos], axis=1)
-    targets = rows[:, 1:].copy()
-    targets[:, :SOURCE_LENGTH + 1] = -1
-    return task_data(vocab, rows[:, :-1], targets, SOURCE_LENGTH + 2)
+    idx = np.hstack([bos, source, sep, target])
+    targets = np.hstack([np.full((n, SOURCE_LENGTH + 1), -1), target, eos])
+    return task_data(vocab, idx, targets, SOURCE_LENGTH + 2)
 
 
 def chain():
@@ -161,9 +160,9 @@ def chain():
 def chain_answers(text):
     """The digit at the end of each chain: "7ab" -> "777". Raise ValueError if a letter does not point back."""
     answers = ""
-    for c in text:
-        if c not in DIGITS and LETTERS.index(c) >= len(answers):
-            raise ValueError(f"{c!r} in position {len(answers)} must point to an earlier place (a: 0, b: 1, ...)")
+    for t, c in enumerate(text):
+        if c in LETTERS[t:]:
+            raise ValueError(f"{c!r} in position {t} must point to an earlier place (a: 0, b: 1, ...)")
         answers += c if c in DIGITS else answers[LETTERS.index(c)]
     return answers
 

@@ -21,24 +21,6 @@ SHIPPED = Path(__file__).resolve().parent / "report" / "text-halt.pt"
 COLORS = (153, 159, 157, 229, 223, 217)     # terminal backgrounds, from blue (shallow, closed) to red (deep, open)
 
 
-def parse_args(argv):
-    parser = argparse.ArgumentParser(prog="sample.py", usage=argparse.SUPPRESS,
-                                     description="Generate text with a trained model, or show its predictions.")
-    add = parser.add_argument
-    add("ckpt", type=Path, nargs="?",
-        help="checkpoint; by default the newest out/*/ckpt.pt, or if there is none, report/text-halt.pt")
-    add("--map", action="store_true", help="show the prediction at each token of the prompt after each block")
-    add("--prompt", help="text to continue or to map; by default from the checkpoint")
-    add("--sparse", action=argparse.BooleanOptionalAction,
-        help="skip blocks whose inference gate is 0; on by default, except for tsa, whose training never skips")
-    add("--max_new_tokens", type=COUNT, default=500, help="tokens to generate (default: 500)")
-    add("--temperature", type=between(0.0, 100.0), default=0.8, help="0: the most likely token (default: 0.8)")
-    add("--top_k", type=COUNT, help="sample from the k most likely tokens; by default from all")
-    add("--seed", type=between(0, 2**63 - 1), default=0, help="random seed (default: 0)")
-    add("--device", default="auto", help="cpu, cuda, mps ...; by default the best one available")
-    return parser.parse_args(argv)
-
-
 def is_colored():
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
@@ -66,7 +48,7 @@ def write_text(model, vocab, idx, args, sparse):
     L, n, ran, began = model.config.n_layer, args.max_new_tokens, 0, time.perf_counter()
     print("".join(vocab[i] for i in idx[0]), end="")
     for idx_next, gates in generate(model, idx, n, args.temperature, args.top_k, sparse):
-        c, depth = vocab[idx_next], gates.sum().item()      # the number of blocks that ran, if gates are 0 or 1
+        c, depth = vocab[idx_next.item()], gates.sum().item()   # the number of blocks that ran, if gates are 0 or 1
         ran = ran + (gates[:, 0] != 0).cpu() / n
         print(c if c == "\n" else paint(c, (depth - 1) / max(L - 1, 1)), end="", flush=True)
     print()
@@ -86,15 +68,15 @@ def write_map(model, vocab, idx, sparse, answers):
         block.register_forward_hook(lambda block, args, x: outputs.append(x))
     logits, gates = model(idx, sparse)
     norms = [*getattr(model, "exit_norms", [model.ln_f] * (L - 1)), model.ln_f]
-    settled = [model.head(norm(x))[0].argmax(-1).tolist() for norm, x in zip(norms, outputs)]       # (L, T)
+    predicted = [model.head(norm(x))[0].argmax(-1).tolist() for norm, x in zip(norms, outputs)]       # (L, T)
     final, gates = logits[0].argmax(-1).tolist(), gates[:, 0]                              # (T,), (L, T)
 
-    shown = [{"\n": "⏎", " ": "␣"}.get(c, c) for c in vocab]
+    shown = [{"\n": "⏎", " ": "␣", "\t": "⇥"}.get(c, c) for c in vocab]
     width = max((shutil.get_terminal_size().columns - len("answer  ")) // 2, 1)
     for start in range(0, T, width):
         columns = range(start, min(start + width, T))
         for l in reversed(range(L)):
-            cells = [shown[settled[l][t]] if gates[l, t] != 0 or not sparse else " " for t in columns]
+            cells = [shown[predicted[l][t]] if gates[l, t] != 0 or not sparse else " " for t in columns]
             row = "".join(paint(f" {c}", gates[l, t].item()) for c, t in zip(cells, columns))
             print(f"block {l:<2}{row}".rstrip())
         print("token   " + "".join(f" {shown[idx[0, t]]}" for t in columns))
@@ -108,7 +90,22 @@ def write_map(model, vocab, idx, sparse, answers):
 
 @user_errors()
 def main(argv=None):
-    args = parse_args(argv)
+    parser = argparse.ArgumentParser(prog="sample.py", usage=argparse.SUPPRESS,
+                                     description="Generate text with a trained model, or show its predictions.")
+    add = parser.add_argument
+    add("ckpt", type=Path, nargs="?",
+        help="checkpoint; by default the newest out/*/ckpt.pt, or if there is none, report/text-halt.pt")
+    add("--map", action="store_true", help="show the prediction at each token of the prompt after each block")
+    add("--prompt", help="text to continue or to map; by default from the checkpoint")
+    add("--sparse", action=argparse.BooleanOptionalAction,
+        help="skip blocks whose inference gate is 0; on by default, except for tsa, whose training never skips")
+    add("--max_new_tokens", type=COUNT, default=500, help="tokens to generate (default: 500)")
+    add("--temperature", type=between(0.0, 100.0), default=0.8, help="0: the most likely token (default: 0.8)")
+    add("--top_k", type=COUNT, help="sample from the k most likely tokens; by default from all")
+    add("--seed", type=between(0, 2**63 - 1), default=0, help="random seed (default: 0)")
+    add("--device", default="auto", help="cpu, cuda, mps ...; by default the best one available")
+    args = parser.parse_args(argv)
+
     path = args.ckpt or max(Path("out").glob("*/ckpt.pt"), key=os.path.getmtime, default=SHIPPED)
     model, saved = load_checkpoint(path)
     model, vocab = model.to(pick_device(args.device)), saved["vocab"]

@@ -670,7 +670,7 @@ def test_interrupted_run_resumes_to_the_bit(run_train, tmp_path, monkeypatch, mo
     assert run_train(*flags, "--out_dir", tmp_path / "whole") == 0
     with monkeypatch.context() as patch:
         interrupt(patch, 40, damage=True)
-        assert run_train(*flags).endswith(f"--resume {tmp_path / 'run'}")
+        assert run_train(*flags) == "\nstopped (train.py can continue with --resume)"
     path = tmp_path / "run" / "ckpt.pt"
     saved = torch.load(path, weights_only=True)
     assert saved["step"] == 20
@@ -688,7 +688,7 @@ def test_depth_penalty_rises_over_its_share_of_training(run_train, tmp_path, fla
     """With the full penalty, no block pays off early in training, so every token would halt."""
     assert run_train("--model", "halt", *flags, "--lam", 0.5, "--max_iters", 80, "--eval_interval", 20) == 0
     for row, lam in zip(train.load_checkpoint(tmp_path / "run" / "ckpt.pt")[1]["rows"], weights):
-        assert row["loss"] == pytest.approx(row["task_loss"] + lam * row["mean_gate"], abs=1e-5) and row["lam"] == lam
+        assert row["lam"] == lam and 0 < row["loss"] - row["task_loss"] < lam
 
 
 @pytest.mark.parametrize("model", ["tsa", "halt"])
@@ -807,14 +807,15 @@ def test_no_run_overwrites_another_or_changes_its_text(finished, run_train, tmp_
     before = (finished / "ckpt.pt").read_bytes()
     refused(capsys, run_train("--max_iters", 1), "exists", str(finished))
     text = text_file.read_text()
-    text_file.write_text(text[:100] + text[100:200][::-1] + text[200:])     # the same alphabet and validation split
-    refused(capsys, run(train, "--resume", finished, "--device", "cpu"), "text has changed")
+    for changed in (text[:99] + text[99:199][::-1] + text[199:], text[:-99] + text[-99:][::-1]):   # the same alphabet
+        text_file.write_text(changed)
+        refused(capsys, run(train, "--resume", finished, "--device", "cpu"), "text has changed")
     assert (finished / "ckpt.pt").read_bytes() == before
     refused(capsys, run(train, "--resume", finished, "--device", "abacus"), "abacus")      # another device, if asked
     monkeypatch.chdir(tmp_path)
     interrupt(monkeypatch, 1)
     for _ in range(2):
-        assert "no checkpoint" in run_train("--max_iters", 1, "--out_dir", "auto")
+        assert run_train("--max_iters", 1, "--out_dir", "auto").startswith("\nstopped")
     refused(capsys, run_train("--max_iters", 1, "--out_dir", "out/tsa-2"), "exists")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["tsa-1", "tsa-2"]
 
@@ -830,6 +831,9 @@ def test_bad_checkpoint_is_one_line_and_runs_no_code(finished, tmp_path, capsys)
     for content in (whole[:-100], b"", Bomb(), {"model": {}}, [1, 2]):
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
         refused(capsys, run(sample, path, "--device", "cpu"), "damaged or was not written by")
+    path.write_bytes(whole)
+    torch.save({k: v for k, v in torch.load(path, weights_only=True).items() if k != "optimizer"}, path)
+    refused(capsys, run(train, "--resume", finished, "--device", "cpu"), "optimizer")
     path.unlink()
     refused(capsys, run(train, "--resume", finished, "--device", "cpu"), "No such file", "ckpt.pt")
     assert not (tmp_path / "exploded").exists()

@@ -13,7 +13,6 @@ import ctypes
 import itertools
 import json
 import math
-import os
 import sys
 import time
 import zlib
@@ -33,19 +32,16 @@ from tsa import GATES, MODELS, Config, savings, token_loss
 def between(low, high):
     """An argparse type: a number in this range, of the type of `low`."""
     def convert(text):
-        try:
-            value = type(low)(text)
-        except ValueError:
-            value = math.nan
+        value = type(low)(text)             # argparse reports a ValueError
         if not low <= value <= high:        # also refuses nan
-            raise argparse.ArgumentTypeError(f"{text} is not {'an integer' if type(low) is int else 'a number'} "
-                                             f"from {low} to {high}")
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
+    convert.__name__ = type(low).__name__   # argparse's message: "invalid int value"
     return convert
 
 
 COUNT, SHARE = between(1, 10**9), between(0.0, 1.0)
-FLAGS = {       # default (where it depends on preset or model, one for each), type or choices, help
+FLAGS = {       # name: (default, or one per preset or model; type or choices; help)
     "model": ("tsa", MODELS, "plain: the plain transformer; tsa: the paper's model; exit: early exit; halt: halting"),
     "preset": ("laptop", ("laptop", "paper"), "model size and training hyperparameters"),
     "data": ("auto", str, "shakespeare, enwik8, stdlib, copy, sort, chain, or a UTF-8 text file; auto: shakespeare, or "
@@ -66,17 +62,14 @@ FLAGS = {       # default (where it depends on preset or model, one for each), t
     "lam_ramp": (dict(tsa=0.0, halt=0.5), SHARE, "lam rises from 0 over this share of training"),
     "seed": (0, between(0, 2**63 - 1), "random seed"),
     "device": ("auto", str, "cpu, cuda, cuda:1, mps ...; auto: the best one available"),
-    "dtype": ("auto", ("auto", "float32", "bfloat16"), "of the training forward pass; auto: bfloat16 if supported"),
+    "dtype": ("auto", ("auto", "float32", "bfloat16"), "precision of the training step; auto: bfloat16 if supported"),
     "compile": (0, between(0, 1), "1: compile the loss with torch.compile"),
     "eval_interval": (dict(laptop=200, paper=250), COUNT, "steps between evaluations, which also save a checkpoint"),
     "out_dir": ("auto", str, "output folder, which must not exist yet; auto: a new one under out/"),
 }
-TASKS = {       # where a task differs from the preset
-    "copy": dict(n_head=4, n_embd=128, block_size=64, batch_size=256, max_iters=390, eval_interval=39),
-    "sort": dict(n_head=4, n_embd=128, block_size=64, batch_size=256, max_iters=390, eval_interval=39),
-    "chain": dict(n_head=4, n_embd=64, block_size=30, batch_size=64, max_iters=1500, learning_rate=2e-3,
-                  eval_interval=100),
-}
+COPY = dict(n_head=4, n_embd=128, block_size=64, batch_size=256, max_iters=390, eval_interval=39)
+CHAIN = dict(n_head=4, n_embd=64, block_size=30, batch_size=64, max_iters=1500, eval_interval=100, learning_rate=2e-3)
+TASKS = {"copy": COPY, "sort": COPY, "chain": CHAIN}        # where a task differs from the preset
 LOG_INTERVAL = 20
 EVAL_WINDOWS = 64       # validation windows scored during training; the final score uses the whole split
 
@@ -119,6 +112,8 @@ def user_errors():
         yield
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nstopped (train.py can continue with --resume)")
 
 
 def pick_device(name):
@@ -128,7 +123,7 @@ def pick_device(name):
     try:
         torch.ones(1, device=name).item()
     except Exception as error:      # torch raises many kinds of exceptions
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = str(error).partition("\n")[0]
         raise ValueError(f"--device {name} does not work here ({reason}); try --device cpu") from None
     return name
 
@@ -142,8 +137,8 @@ def supports_bfloat16(device):
 @contextlib.contextmanager
 def precision(device, dtype):
     """The context of a training step's forward pass."""
-    # On a CPU, fused attention is slow in bfloat16, so use the unfused kernel, and let it accumulate in bfloat16. (The
-    # next line applies to CPUs, too, despite its name.)
+    # On a CPU, fused attention is slow in bfloat16, so use the unfused kernel, and let it accumulate in bfloat16.
+    # (Despite its name, the next line applies to CPUs, too.)
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     unfused = sdpa_kernel(SDPBackend.MATH) if (device, dtype) == ("cpu", "bfloat16") else contextlib.nullcontext()
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16"), unfused:
@@ -164,7 +159,7 @@ def load_checkpoint(path):
         config = Config(**saved["config"])
         model = MODELS[config.model](config)
         model.load_state_dict(saved["model"])
-    except (OSError, ValueError):       # no such file; a gate design that is not in tsa.py
+    except (OSError, ValueError):       # these say what is wrong: no such file, an unknown gate design
         raise
     except Exception:       # torch raises many kinds, and its own message recommends an unsafe load
         raise ValueError(f"{path} is damaged or was not written by this version of train.py") from None
@@ -175,7 +170,7 @@ def load_checkpoint(path):
 # Evaluation and optimization
 
 @torch.no_grad()
-def evaluate(model, windows, sparse, batch_size=64):
+def evaluate(model, windows, sparse):
     """
     Score windows (idx, targets), each (n, T), in float32. Return the mean loss over the scored tokens and two lists
     with one value per block: the mean gate, and the share of tokens that ran the block (gate not 0).
@@ -183,7 +178,7 @@ def evaluate(model, windows, sparse, batch_size=64):
     model.eval()
     idx, targets = windows
     loss, gate_sum, ran = 0, 0, 0
-    for x, y in zip(idx.split(batch_size), targets.split(batch_size)):
+    for x, y in zip(idx.split(64), targets.split(64)):
         logits, gates = model(x, sparse)                                                   # gates (L, B, T)
         loss += token_loss(logits, y).sum().item()
         gate_sum += gates.sum((1, 2)).cpu().double()        # mps has no float64
@@ -196,8 +191,8 @@ def score(model, windows):
     val_loss, gates, _ = evaluate(model, windows, sparse=False)
     val_loss_sparse, _, ran = evaluate(model, windows, sparse=True)
     tlops_saved, macs_saved = savings(model.config, ran, windows[0].size(1))
-    print(f"loss {val_loss:.4f} full, {val_loss_sparse:.4f} sparse, saving {tlops_saved:.1%} of token-layer operations "
-          f"and {macs_saved:.1%} of multiply-adds")
+    print(f"validation loss {val_loss:.4f} full, {val_loss_sparse:.4f} sparse, saving {tlops_saved:.1%} of token-layer "
+          f"operations and {macs_saved:.1%} of multiply-adds ({len(windows[0]):,} windows)")
     return {"val_loss": val_loss, "val_loss_sparse": val_loss_sparse, "tlops_saved": tlops_saved,
             "macs_saved": macs_saved, "ran": ran, "gates": gates}
 
@@ -236,6 +231,8 @@ def main(argv=None):
     if resumed:
         out_dir = Path(flags.pop("resume"))
         model, saved = load_checkpoint(out_dir / "ckpt.pt")
+        if "optimizer" not in saved:
+            raise ValueError(f"{out_dir / 'ckpt.pt'} cannot be resumed: it holds no optimizer state")
         flags = saved["flags"] | flags
     args = argparse.Namespace(**flags)
     args.device = pick_device(args.device)
@@ -251,11 +248,12 @@ def main(argv=None):
             print(f"{error}. Training on the sources of Python's standard library instead (--data stdlib).")
             args.data = "stdlib"
     corpus = data.load(args.data)
-    checksum = zlib.crc32(corpus.splits["train"].numpy())
+    checksum = zlib.crc32(corpus.vocab.encode())
+    for tokens in corpus.splits.values():
+        checksum = zlib.crc32(tokens.numpy(), checksum)
     if saved.get("checksum", checksum) != checksum:
         raise ValueError(f"--data {args.data}: the text has changed since this run started; restore the old one")
     windows = [tokens.to(args.device) for tokens in corpus.windows("val", args.block_size)]     # idx, targets (n, T)
-    some_windows = [tokens[:EVAL_WINDOWS] for tokens in windows]
     corpus.splits["train"] = corpus.splits["train"].to(args.device)
 
     # Model, optimizer and output folder
@@ -265,70 +263,62 @@ def main(argv=None):
         model = MODELS[config.model](config)
         numbered = (Path(f"out/{args.model}-{n}") for n in itertools.count(1))
         out_dir = Path(args.out_dir) if args.out_dir != "auto" else next(p for p in numbered if not p.exists())
+        if out_dir.exists():
+            raise ValueError(f"{out_dir} exists: continue its run with --resume {out_dir}, or use another --out_dir")
+        out_dir.mkdir(parents=True)         # fails if another run has just made it
+        del args.out_dir                    # not stored, because the folder may be moved before it is resumed
     optimizer = make_optimizer(model.to(args.device))
     if resumed:
         optimizer.load_state_dict(saved["optimizer"])
-    elif out_dir.exists():
-        raise ValueError(f"{out_dir} exists: continue its run with --resume {out_dir}, or use another --out_dir")
-    else:
-        out_dir.mkdir(parents=True)         # fails if another run has just made it
-    flags = {name: value for name, value in vars(args).items() if name != "out_dir"}
+    flags = vars(args)
     n_params = sum(parameter.numel() for parameter in model.parameters())
     print(*(f"{name}={value}" for name, value in flags.items()))
-    print(f"{n_params:,} parameters; results go to {out_dir}")
+    print(f"{n_params:,} parameters; after an interruption, continue with: python train.py --resume {out_dir}")
 
     # The training loop
     loss_of = torch.compile(model.loss) if args.compile else model.loss
     max_lam, lam_ramp = flags.get("lam", 0), flags.get("lam_ramp", 0)
     rows, began = saved["rows"], time.perf_counter() - saved["seconds"]
-    try:
-        for step in range(saved["step"] + 1, args.max_iters + 1):
-            model.train()       # evaluation leaves it in eval mode
-            seed_step(args.seed, step)
-            for group in optimizer.param_groups:
-                group["lr"] = args.learning_rate * schedule(step, args.warmup_iters, args.max_iters)
-            lam = max_lam * min(step / max(lam_ramp * args.max_iters, 1), 1)
-            idx, targets = corpus.batch(args.batch_size, args.block_size)                  # (B, T)
-            with precision(args.device, args.dtype):
-                task_loss, gates = loss_of(idx, targets)                                   # gates (L, B, T)
-                loss = task_loss + lam * gates[1:].mean() if lam else task_loss            # plus the depth penalty
-            loss.backward()
-            if any(router.out.bias.grad is None for router in getattr(model, "routers", [])):
-                raise ValueError(f"--gate {args.gate} passes no gradient to the routers: make it differentiable in p")
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+    for step in range(saved["step"] + 1, args.max_iters + 1):
+        model.train()       # evaluation leaves it in eval mode
+        seed_step(args.seed, step)
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * schedule(step, args.warmup_iters, args.max_iters)
+        lam = max_lam * min(step / max(lam_ramp * args.max_iters, 1), 1)
+        idx, targets = corpus.batch(args.batch_size, args.block_size)                      # (B, T)
+        with precision(args.device, args.dtype):
+            task_loss, gates = loss_of(idx, targets)                                       # gates (L, B, T)
+            loss = task_loss + lam * gates[1:].mean() if lam else task_loss                # plus the depth penalty
+        loss.backward()
+        if any(router.out.bias.grad is None for router in getattr(model, "routers", [])):
+            raise ValueError(f"--gate {args.gate} passes no gradient to the routers: make it differentiable in p")
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
 
-            evaluates = step % args.eval_interval == 0 or step == args.max_iters
-            if evaluates or step % LOG_INTERVAL == 0:
-                # A nan stays in the weights, so it is still found here; a check in every step would force a GPU sync.
-                if not torch.isfinite(loss + norm):
-                    raise ValueError(f"the loss or its gradient was not finite at some step up to {step}: start a new "
-                                     f"run with a lower --learning_rate")
-                by_block = gates.detach().mean((1, 2)).tolist()
-                row = {"step": step, "loss": loss.item(), "task_loss": task_loss.item(), "lam": lam,
-                       "mean_gate": sum(by_block[1:]) / max(len(by_block) - 1, 1)}
-                per_step = (time.perf_counter() - began) / step                 # seconds, including evaluation
-                print(f"step {step}/{args.max_iters}  loss {row['loss']:.4f} (task {row['task_loss']:.4f})  gates",
-                      *(f"{gate:.2f}" for gate in by_block[1:]), f" {1000 * per_step:.0f} ms/step, "
-                      f"{per_step * (args.max_iters - step) / 60:.1f} min left")
-            if evaluates:
-                print(f"{len(some_windows[0])} validation windows: ", end="")
-                rows.append(row | score(model, some_windows))
-                saved = dict(config=vars(model.config), flags=flags, vocab=corpus.vocab, prompt=corpus.prompt,
-                             example=corpus.example, checksum=checksum, step=step, rows=rows,
-                             seconds=time.perf_counter() - began, model=model.state_dict(),
-                             optimizer=optimizer.state_dict())
-                torch.save(saved, out_dir / "ckpt.tmp")
-                os.replace(out_dir / "ckpt.tmp", out_dir / "ckpt.pt")   # even if killed here, one of the two is intact
-    except KeyboardInterrupt:
-        hint = "no checkpoint yet"
-        if (out_dir / "ckpt.pt").exists():
-            hint = f"to continue, run: python train.py --resume {out_dir}"
-        sys.exit(f"\nstopped; {hint}")
+        evaluates = step % args.eval_interval == 0 or step == args.max_iters
+        if evaluates or step % LOG_INTERVAL == 0:
+            # A nan stays in the weights, so it is still found here; a check in every step would force a GPU sync.
+            if not torch.isfinite(loss + norm):
+                raise ValueError(f"the loss or its gradient was not finite at some step up to {step}: start a new "
+                                 f"run with a lower --learning_rate")
+            by_block = gates.detach().mean((1, 2)).tolist()
+            row = {"step": step, "loss": loss.item(), "task_loss": task_loss.item(), "lam": lam}
+            per_step = (time.perf_counter() - began) / step                 # seconds, including evaluation
+            print(f"step {step}/{args.max_iters}  loss {row['loss']:.4f} (task {row['task_loss']:.4f})  gates",
+                  *(f"{gate:.2f}" for gate in by_block[1:]), f" {1000 * per_step:.0f} ms/step, "
+                  f"{per_step * (args.max_iters - step) / 60:.1f} min left")
+        if evaluates:
+            rows.append(row | score(model, [tokens[:EVAL_WINDOWS] for tokens in windows]))
+            checkpoint = dict(config=vars(model.config), flags=flags, vocab=corpus.vocab, prompt=corpus.prompt,
+                              example=corpus.example, checksum=checksum, step=step, rows=rows,
+                              seconds=time.perf_counter() - began, model=model.state_dict(),
+                              optimizer=optimizer.state_dict())
+            torch.save(checkpoint, out_dir / "ckpt.tmp")
+            (out_dir / "ckpt.tmp").replace(out_dir / "ckpt.pt")     # even if killed here, one of the two is intact
 
     # The final score, on the whole validation split
-    print("\nvalidation ", end="")
+    print()
     result = flags | {"vocab_size": len(corpus.vocab), "n_params": n_params, "torch": torch.__version__, "rows": rows}
     result |= score(model, windows) | {"seconds": round(time.perf_counter() - began)}
     (out_dir / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")

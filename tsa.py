@@ -38,16 +38,15 @@ class Config:
     gate_bias: float = -1.0     # tsa, halt: initial b2 of equation (3); at -1 the gates start near 0.73
     threshold: float = 0.5      # tsa, halt: skip or halt above this p; exit: exit above this confidence
     vocab_size: int = 65
-    block_size: int = 128       # the longest sequence that the model accepts
+    block_size: int = 128       # maximum sequence length
     n_layer: int = 6
     n_head: int = 8
     n_embd: int = 256
     dropout: float = 0.1
 
     def __post_init__(self):
-        for name, known in (("model", MODELS), ("gate", GATES)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}")
+        if self.gate not in GATES:
+            raise ValueError(f"unknown gate {self.gate!r}: choose one of {', '.join(GATES)}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
         min_layers = {"plain": 1, "exit": Exit.FIRST + 2}.get(self.model, 2)        # one block must be skippable
@@ -225,7 +224,7 @@ class Transformer(nn.Module):
         x, gate, gates = self.embed(idx, cache), None, []
         for l, block in enumerate(self.blocks):
             if l > 0:       # block 0 has no gate, because before it has run, x contains nothing of the context
-                gate = self.next_gate(l, x, gate, sparse)
+                gate = self.next_gate(l, x, gates[-1], sparse)
             x = block(x, gate, sparse, cache)
             gates.append(torch.ones(idx.shape, device=idx.device) if gate is None else gate)
         gates = torch.stack(gates)
@@ -242,8 +241,8 @@ class Transformer(nn.Module):
 
     def next_gate(self, l, x, gate, sparse):
         """
-        The gate (B, T) of block l, from the output x (B, T, C) of block l - 1 and from its gate, so that a token that
-        has stopped stays stopped. None means a plain block.
+        The gate (B, T) of block l, from the output x (B, T, C) and the gate (B, T) of block l - 1. None means a plain
+        block.
         """
         return None
 
@@ -290,14 +289,13 @@ class Exit(Transformer):
         self.exit_norms = nn.ModuleList(nn.LayerNorm(config.n_embd) for _ in range(config.n_layer - 1))
 
     def next_gate(self, l, x, gate, sparse):
-        if not sparse or l - 1 < self.FIRST:
+        if not sparse or l <= self.FIRST:
             return None
         confidence = F.softmax(self.head(self.exit_norms[l - 1](x)), dim=-1).amax(-1)      # (B, T)
-        unsure = confidence <= self.config.threshold
-        return unsure.float() if gate is None else gate * unsure
+        return gate * (confidence <= self.config.threshold)     # a token that has exited has a gate of 0 already
 
     def predict(self, x, gates):
-        h, last = self.ln_f(x), gates.sum(0) - 1        # gates are 1, then 0: the last block that each token ran (B, T)
+        h, last = self.ln_f(x), gates.sum(0) - 1    # (B, T); a token's gates are 1s, then 0s, so this is its last block
         for l, norm in enumerate(self.exit_norms):
             h = torch.where((last == l).unsqueeze(-1), norm(x), h)
         return self.head(h)
@@ -311,10 +309,10 @@ class Exit(Transformer):
         return total / L / (targets >= 0).sum(), torch.ones(L, *idx.shape, device=idx.device)
 
 
-class Halt(Transformer):
+class Halt(TSA):
     """
-    Our own model: a token runs block after block until a router halts it. p_l is the probability of halting after
-    block l (1 after the last), so a token reaches block l with probability survive_l = (1 - p_0) ... (1 - p_{l-1}).
+    Our own model: a token runs block after block until one of TSA's routers halts it. p_l is the probability of halting
+    after block l (1 after the last), so a token reaches block l with probability survive_l = (1 - p_0) ... (1-p_{l-1}).
     Let CE_l be the cross-entropy of the prediction from x after block l. Training minimizes
 
         HALT_SHARE  * sum over l of survive_l p_l CE_l      predict well at the block where the token halts
@@ -329,27 +327,21 @@ class Halt(Transformer):
     """
     HALT_SHARE, EVERY_SHARE, LAST_SHARE, BARRIER = 0.2, 0.05, 0.75, 1e-4
 
-    def __init__(self, config):
-        super().__init__(config)
-        self.routers = nn.ModuleList(Router(config) for _ in range(config.n_layer - 1))
-
     def next_gate(self, l, x, gate, sparse):
-        continues = self.routers[l - 1](x) <= self.config.threshold
-        return continues.float() if gate is None else gate * continues
+        return gate * (self.routers[l - 1](x) <= self.config.threshold)
 
     def run_all(self, idx, cache=None):
         """
-        Run every block for every token, even past the point where it would halt, so that every depth gets a loss. Yield
-        each block's output x (B, T, C), survive (B, T) and the logit of p (B, T).
+        Run every block for every token, even after it would have halted, so that every depth gets a loss. Yield each
+        block's output x (B, T, C), survive (B, T) and the logit of p (B, T). Keys and values are computed from `kept`,
+        as in a sparse pass: x until the token would halt, unchanged from then on. Here, a would halt after block 0 and
+        b after block 1 (a1 is the x of token a after block 1):
+
+            after block 0          1          2          3
+            x           a0 b0 c0   a1 b1 c1   a2 b2 c2   a3 b3 c3      the next block's queries, and the losses
+            kept        a0 b0 c0   a0 b1 c1   a0 b1 c2   a0 b1 c3      the next block's keys and values
+            running     0  1  1    0  0  1    0  0  1    0  0  0
         """
-        # Keys and values are computed from `kept`, as in a sparse pass: x up to the block after which the token would
-        # halt, and that block's x thereafter. Three tokens a, b and c, where a would halt after block 0 and b after
-        # block 1 (a1 is the x of token a after block 1):
-        #
-        #     after block 0          1          2          3
-        #     x           a0 b0 c0   a1 b1 c1   a2 b2 c2   a3 b3 c3      the next block's queries, and the losses
-        #     kept        a0 b0 c0   a0 b1 c1   a0 b1 c2   a0 b1 c3      the next block's keys and values
-        #     running     0  1  1    0  0  1    0  0  1    0  0  0
         x = kept = self.embed(idx, cache)
         survive = torch.ones(idx.shape, device=idx.device)
         running = torch.ones(idx.shape, device=idx.device, dtype=torch.bool)
@@ -363,10 +355,7 @@ class Halt(Transformer):
             survive, running = survive * (1 - p), running & (p <= self.config.threshold)
 
     def forward(self, idx, sparse=False, cache=None):
-        """
-        In a full pass no update is scaled: logits come from the last block, and the gates are survive (L, B, T), the
-        probability that the token reaches the block.
-        """
+        """In a full pass, the gates returned are survive (L, B, T), the probability of reaching each block."""
         if sparse:
             return super().forward(idx, sparse, cache)
         outputs, survives, _ = zip(*self.run_all(idx, cache))
@@ -377,8 +366,7 @@ class Halt(Transformer):
         outputs, survives, logits = zip(*self.run_all(idx))
         survive, logits, L = torch.stack(survives), torch.stack(logits), len(outputs)      # (L, B, T)
         l = torch.arange(L, device=idx.device).view(L, 1, 1)
-        # The routers learn here: survive and p are not detached, so the first share and the depth penalty move p. The
-        # other two shares are constants, and the barrier only keeps p away from 0 and 1.
+        # The routers learn from the first share and the depth penalty, because survive and p are not detached.
         weight = (self.HALT_SHARE * survive * torch.sigmoid(logits) + self.EVERY_SHARE / (L - 1) * (l > 0)
                   + self.LAST_SHARE * (l == L - 1))                                        # (L, B, T)
         losses = torch.stack([token_loss(self.head(self.ln_f(x)), targets) for x in outputs])

@@ -88,7 +88,7 @@ def main(argv=None):
         VARIANTS[args.name]()
     elif "--resume" not in flags:
         flags += ["--gate", args.name]
-    if args.init_from:
+    if args.init_from and "--resume" not in flags:
         start, make_optimizer = train.load_checkpoint(args.init_from)[0], train.make_optimizer
 
         def started(model):
