@@ -52,11 +52,12 @@ def read_rows(folders, commit):
                 result |= score
             else:
                 rows.append(result | score)
-    for row in filter(is_plain, rows):      # what fewer layers save compared with the family's plain model
-        L = LAYERS.get(row["family"], 6)
-        row["tlops_saved"] = 1 - row["n_layer"] / L
-        row["macs_saved"] = fewer_layers(argparse.Namespace(**row), row["n_layer"], L)
-        row["val_loss_sparse"] = row["val_loss"]
+    for row in rows:        # relative to the family's plain model with all layers
+        L, n = LAYERS.get(row["family"], 6), row["n_layer"]
+        if is_plain(row):
+            row |= {"tlops_saved": 0.0, "macs_saved": 0.0, "val_loss_sparse": row["val_loss"]}
+        row["tlops_saved"] = 1 - (1 - row["tlops_saved"]) * n / L
+        row["macs_saved"] = 1 - (1 - row["macs_saved"]) * (1 - fewer_layers(argparse.Namespace(**row), n, L))
     return rows
 
 
