@@ -2,10 +2,12 @@
 import csv
 import itertools
 import json
+import math
 import re
 import sys
 from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -14,7 +16,7 @@ import data
 import sample
 import train
 import tsa
-from report import clock, depth, plot, variants
+from report import clock, depth, ngrams, plot, variants
 from test_tsa import HARD, HERE, finished, masked, run, run_train, text_file, tiny, tokens     # noqa: F401 (fixtures)
 from tsa import GATES, Config, Exit, Halt, Router
 
@@ -275,14 +277,15 @@ def test_plain_model_saves_what_its_missing_layers_would_cost(tmp_path):
     result = dict(model="plain", data="t.txt", preset="laptop", vocab_size=65, block_size=64, n_embd=128, n_head=4,
                   n_layer=3, val_loss=1.0)
     config, layer = Config(**{k: result[k] for k in ("vocab_size", "block_size", "n_embd")}), 12 * 128 ** 2 + 64 * 128
-    for name, L in (("shakespeare-plain3-s0", 6), ("deep-plain3-s0", 12), ("deep-several3-s0", 12)):
+    for name, L, ran in (("shakespeare-plain3-s0", 6, 1), ("deep-plain3-s0", 12, 1), ("deep-several3-s0", 12, 1),
+                         ("chain-halt3-s0", 6, 0.5)):       # the last one also skips half of what its 3 layers compute
         (tmp_path / name).mkdir()
-        kind = {"model": "halt", "macs_saved": -1.0, "val_loss_sparse": 9.0} if "several" in name else {}
+        kind = {} if "plain" in name else {"model": "halt", "tlops_saved": 0.5, "macs_saved": 0.5, "val_loss_sparse": 9.0}
         (tmp_path / name / "result.json").write_text(json.dumps(result | kind))
         collected = plot.read_rows([tmp_path / name], "")[0]
-        assert collected["val_loss_sparse"] == 1.0
-        by_hand = 1 - (3 * layer + 128 * 65) / (L * layer + 128 * 65)
-        assert collected["tlops_saved"] == 1 - 3 / L and collected["macs_saved"] == pytest.approx(by_hand)
+        assert collected["val_loss_sparse"] == (1.0 if ran == 1 else 9.0)
+        by_hand = 1 - ran * (3 * layer + 128 * 65) / (L * layer + 128 * 65)
+        assert collected["tlops_saved"] == 1 - ran * 3 / L and collected["macs_saved"] == pytest.approx(by_hand)
     assert plot.fewer_layers(config, 6, 6) == 0
 
 
@@ -300,3 +303,14 @@ def test_figures_show_what_their_axes_say(monkeypatch):
     depth.draw_histogram(torch.tensor([[[1.0]], [[0.3]], [[0.7]]]), "x")
     assert [call.args[0] for call in axes.hist.call_args_list] == [pytest.approx([0.3]), pytest.approx([0.7])]
     assert axes.axvline.call_args.args == (0.5,)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# ngrams.py
+
+def test_character_counts_by_hand():
+    """The README compares the rounded gates with trigrams: here, 0 is always followed by 1, and 1 by 0 or 1."""
+    train, val = np.array([0, 1, 1, 0, 1, 0, 1]), np.array([0, 1, 0])
+    p01, p10 = 3.1 / 3.2, 2.1 / 3.2
+    p010 = (1 + 5 * p10) / (2 + 5)      # after 0 1 come a 1 and a 0
+    assert ngrams.losses(train, val, 2) == pytest.approx((-math.log(p01 * p10) / 2, -math.log(p010)))
