@@ -48,7 +48,7 @@ def read_rows(folders, commit):
         rows.append(result)
         scores = path.with_name("scores.json")
         for score in json.loads(scores.read_text("utf-8")) if scores.exists() else []:
-            if all(score[key] == result.get(key) for key in ("split", "gate", "threshold", "variant")):
+            if all(score[key] == result.get(key, score[key]) for key in ("split", "gate", "threshold", "variant")):
                 result |= score
             else:
                 rows.append(result | score)

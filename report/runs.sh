@@ -29,7 +29,14 @@ for seed in 0 1 2; do
     run chain-exit --data chain --model exit
     for lam in 0.03 0.05; do run chain-halt-lam$lam --data chain --model halt --lam $lam; done
     variant chain-straight straight --data chain --lam 0.01
-    variant chain-stretch-lam0.1 stretch --data chain --lam 0.1
+    for lam in 0.03 0.1; do variant chain-stretch-lam$lam stretch --data chain --lam $lam; done
+    for n in 3 4; do run chain-halt$n --data chain --model halt --n_layer $n; done
+
+    # Copy and sort
+    for task in copy sort; do
+        run $task-plain1 --data $task --model plain --n_layer 1
+        run $task-tsa --data $task
+    done
 
     # Two texts, 6 layers
     for text in shakespeare stdlib; do
@@ -38,16 +45,30 @@ for seed in 0 1 2; do
         run $text-exit --data $text --model exit
         run $text-halt-lam0.03 --data $text --model halt
         variant $text-halt-shares.4-lam0.03 shares.4 --data $text --model halt
+        variant $text-exit-heavy exit-heavy --data $text --model exit
+        variant $text-constant constant --data $text
     done
     for n in 1 2; do run shakespeare-plain$n --data shakespeare --model plain --n_layer $n; done
     variant shakespeare-straight straight --data shakespeare --lam 0.01
-    variant shakespeare-constant constant --data shakespeare
 
     # Python, 12 layers
     deep="--data stdlib --learning_rate 3e-3 --warmup_iters 300"
     for n in 6 9 10 12; do run deep-plain$n $deep --model plain --n_layer $n; done
     run deep-halt-lam0.03 $deep --model halt --n_layer 12
     for n in 10 12; do run deep-several$n $deep --model halt --lam 0 --n_layer $n; done
+    variant deep-exit-heavy exit-heavy $deep --model exit --n_layer 12
+done
+
+# Shakespeare, seeds that no setting was chosen on; then fine-tuning with switches, and plain models for as many steps
+for seed in 3 4 5; do
+    for n in 4 5 6; do run fresh-plain$n --data shakespeare --model plain --n_layer $n; done
+    run fresh-halt-lam0.03 --data shakespeare --model halt
+    run fresh-tsa --data shakespeare
+    tune="--data shakespeare --max_iters 400 --learning_rate 5e-4"
+    variant repair-straight straight --init_from out/fresh-tsa-s$seed/ckpt.pt $tune
+    for n in 5 6; do
+        variant repair-plain$n same --init_from out/fresh-plain$n-s$seed/ckpt.pt $tune --model plain --n_layer $n
+    done
 done
 
 # The learning rate of 12 layers on Python
@@ -63,6 +84,11 @@ for flags in "4e-3 300" "3e-3 600"; do
 done
 
 # Other settings, one seed
+for lr in 1e-3 2e-3; do run shakespeare-lr$lr --data shakespeare --model plain --learning_rate $lr; done
+for n in 6 9 12; do run twelve-plain$n ${deep/stdlib/shakespeare} --model plain --n_layer $n; done
+run twelve-halt-lam0.03 ${deep/stdlib/shakespeare} --model halt --n_layer 12
+run deep-tsa $deep --n_layer 12
+for lam in 0.015 0.045; do run deep-halt-lam$lam $deep --model halt --lam $lam --n_layer 12; done
 run shakespeare-tsa-lam0 --data shakespeare --lam 0
 run shakespeare-tsa-lam0.05 --data shakespeare --lam 0.05
 run shakespeare-tsa-bias-3 --data shakespeare --gate_bias -3
@@ -90,20 +116,29 @@ for folder in out/{shakespeare,stdlib}-tsa-s? out/shakespeare-tsa-lam*-s0; do
     score $folder/ckpt.pt --gate skip --threshold 0.9
 done
 for folder in out/{shakespeare,stdlib}-exit-s?; do score $folder/ckpt.pt --threshold .75; done
+for folder in out/*-exit-heavy-s?; do score $folder/ckpt.pt --threshold .9 .8 .75; done
+for folder in out/{copy,sort}-*; do score $folder/ckpt.pt; done
 score out/shakespeare-exit-s0/ckpt.pt --threshold .99 .95 .9 .85 .8 .7 .65 .6 .55 .5 .4 .3
 score out/paper-exit-s0/ckpt.pt --threshold .99 .95 .9 .85 .8 .75 .7 .65 .6 .55 .5 .4 .3
 for folder in out/chain-*; do score $folder/ckpt.pt; done
 for folder in out/chain-tsa-s?; do score $folder/ckpt.pt --gate skip --threshold 0.8 0.9 0.95; done
 for folder in out/chain-exit-s?; do score $folder/ckpt.pt --variant exit-nofloor --threshold .9 .99; done
 for folder in out/deep-halt-lam0.03-s?; do score $folder/ckpt.pt --threshold 0.8; done
+score out/deep-tsa-s0/ckpt.pt --gate skip --threshold 0.9
+for folder in out/fresh-tsa-s?; do
+    for gate in ones close round-up; do score $folder/ckpt.pt --gate $gate --threshold 0.5; done
+    score $folder/ckpt.pt --threshold .4 .6 .7 .8
+done
 for folder in out/paper-tsa-s?; do score $folder/ckpt.pt --gate skip --threshold 0.7 0.9; done
 for gate in ones close round-up; do score out/paper-tsa-s0/ckpt.pt --gate $gate --threshold 0.5; done
 score out/paper-tsa-s0/ckpt.pt --threshold .3 .4 .6 .7 .8 .9
 
 # The test split, once, after all choices had been made on the validation split
-for folder in out/{shakespeare,stdlib}-{plain4,plain5,plain6,tsa,halt-lam0.03}-s?; do
+for folder in out/{shakespeare,stdlib,fresh}-{plain4,plain5,plain6,halt-lam0.03}-s? out/{shakespeare,stdlib}-tsa-s?; do
     score $folder/ckpt.pt --split test
 done
+for folder in out/deep-{plain{9,10,12},several{10,12},halt-lam0.03}-s?; do score $folder/ckpt.pt --split test; done
+for folder in out/deep-halt-lam0.03-s?; do score $folder/ckpt.pt --split test --threshold 0.8; done
 for folder in out/{shakespeare,stdlib}-tsa-s?; do
     score $folder/ckpt.pt --split test --gate skip --threshold 0.9
 done
@@ -114,7 +149,9 @@ python -m report.plot out --commit "$(git rev-parse --short HEAD)" --csv report/
 python -m report.depth out/paper-tsa-s0/ckpt.pt --histogram report/gates.svg
 rm -f report/clock.csv      # clock.py appends
 python -m report.clock --out report/clock.csv
-for name in chain shakespeare; do python -m report.clock out/$name-halt-lam0.03-s0/ckpt.pt --out report/clock.csv; done
+for name in chain shakespeare deep; do
+    python -m report.clock out/$name-halt-lam0.03-s0/ckpt.pt --out report/clock.csv
+done
 
 # The checkpoints that come with the code: half precision, without the optimizer's state
 ship() {

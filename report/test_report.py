@@ -280,7 +280,8 @@ def test_plain_model_saves_what_its_missing_layers_would_cost(tmp_path):
     for name, L, ran in (("shakespeare-plain3-s0", 6, 1), ("deep-plain3-s0", 12, 1), ("deep-several3-s0", 12, 1),
                          ("chain-halt3-s0", 6, 0.5)):       # the last one also skips half of what its 3 layers compute
         (tmp_path / name).mkdir()
-        kind = {} if "plain" in name else {"model": "halt", "tlops_saved": 0.5, "macs_saved": 0.5, "val_loss_sparse": 9.0}
+        halting = {"model": "halt", "tlops_saved": 0.5, "macs_saved": 0.5, "val_loss_sparse": 9.0}
+        kind = {} if "plain" in name else halting
         (tmp_path / name / "result.json").write_text(json.dumps(result | kind))
         collected = plot.read_rows([tmp_path / name], "")[0]
         assert collected["val_loss_sparse"] == (1.0 if ran == 1 else 9.0)
