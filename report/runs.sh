@@ -116,7 +116,7 @@ for folder in out/{shakespeare,stdlib}-tsa-s? out/shakespeare-tsa-lam*-s0; do
     score $folder/ckpt.pt --gate skip --threshold 0.9
 done
 for folder in out/{shakespeare,stdlib}-exit-s?; do score $folder/ckpt.pt --threshold .75; done
-for folder in out/*-exit-heavy-s?; do score $folder/ckpt.pt --threshold .9 .8 .75; done
+for folder in out/{shakespeare,stdlib}-exit-heavy-s?; do score $folder/ckpt.pt --threshold .8 .75; done
 for folder in out/{copy,sort}-*; do score $folder/ckpt.pt; done
 score out/shakespeare-exit-s0/ckpt.pt --threshold .99 .95 .9 .85 .8 .7 .65 .6 .55 .5 .4 .3
 score out/paper-exit-s0/ckpt.pt --threshold .99 .95 .9 .85 .8 .75 .7 .65 .6 .55 .5 .4 .3
