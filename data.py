@@ -162,7 +162,7 @@ def chain_answers(text):
     answers = ""
     for t, c in enumerate(text):
         if c in LETTERS[t:]:
-            raise ValueError(f"{c!r} in position {t} must point to an earlier place (a: 0, b: 1, ...)")
+            raise ValueError(f"{c!r} at place {t + 1} must point to an earlier place (a: 1, b: 2, ...)")
         answers += c if c in DIGITS else answers[LETTERS.index(c)]
     return answers
 

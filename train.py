@@ -33,10 +33,10 @@ def between(low, high):
     """An argparse type: a number in this range, of the type of `low`."""
     def convert(text):
         value = type(low)(text)             # argparse reports a ValueError
-        if not low <= value <= high:        # also refuses nan
+        if not low <= value <= high:        # also rejects nan
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
-    convert.__name__ = type(low).__name__   # argparse's message: "invalid int value"
+    convert.__name__ = type(low).__name__   # so that argparse says "invalid int value"
     return convert
 
 
@@ -107,7 +107,7 @@ def parse_flags(argv):
 
 @contextlib.contextmanager
 def user_errors():
-    """Print a ValueError or OSError as one line. Any other exception is a bug and keeps its traceback."""
+    """Print a ValueError, OSError or Ctrl-C as one line. Any other exception is a bug and keeps its traceback."""
     try:
         yield
     except (ValueError, OSError) as error:

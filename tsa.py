@@ -159,8 +159,8 @@ class Block(nn.Module):
     def forward(self, x, gate=None, sparse=False, cache=None, source=None):
         """
         x (B, T, C), gate (B, T) -> (B, T, C). Without a gate, this is the plain block. If sparse, gather the tokens
-        whose gate is not 0, compute only those, and scatter them back, with the same result. Keys and values are
-        computed from `source` (B, T, C), which defaults to x; only Halt passes another.
+        whose gate is not 0, compute only those, and scatter them back, which gives the same result as scaling. Keys and
+        values are computed from `source` (B, T, C), which defaults to x; only Halt passes another.
         """
         h = self.ln1(x)
         # Keys and values of all tokens, because others attend to those that skip.
@@ -223,7 +223,7 @@ class Transformer(nn.Module):
         """
         x, gate, gates = self.embed(idx, cache), None, []
         for l, block in enumerate(self.blocks):
-            if l > 0:       # block 0 has no gate, because before it has run, x contains nothing of the context
+            if l > 0:       # block 0 has no gate, because before it has run, x says nothing about the context
                 gate = self.next_gate(l, x, gates[-1], sparse)
             x = block(x, gate, sparse, cache)
             gates.append(torch.ones(idx.shape, device=idx.device) if gate is None else gate)
@@ -334,8 +334,8 @@ class Halt(TSA):
         """
         Run every block for every token, even after it would have halted, so that every depth gets a loss. Yield each
         block's output x (B, T, C), survive (B, T) and the logit of p (B, T). Keys and values are computed from `kept`,
-        as in a sparse pass: x until the token would halt, unchanged from then on. Here, a would halt after block 0 and
-        b after block 1 (a1 is the x of token a after block 1):
+        as in a sparse pass: x until the token would halt, unchanged from then on. Here, token a would halt after
+        block 0 and token b after block 1 (a1 is x of token a after block 1):
 
             after block 0          1          2          3
             x           a0 b0 c0   a1 b1 c1   a2 b2 c2   a3 b3 c3      the next block's queries, and the losses
@@ -366,7 +366,7 @@ class Halt(TSA):
         outputs, survives, logits = zip(*self.run_all(idx))
         survive, logits, L = torch.stack(survives), torch.stack(logits), len(outputs)      # (L, B, T)
         l = torch.arange(L, device=idx.device).view(L, 1, 1)
-        # The routers learn from the first share and the depth penalty, because survive and p are not detached.
+        # The first term and the depth penalty train the routers, because survive and p are not detached.
         weight = (self.HALT_SHARE * survive * torch.sigmoid(logits) + self.EVERY_SHARE / (L - 1) * (l > 0)
                   + self.LAST_SHARE * (l == L - 1))                                        # (L, B, T)
         losses = torch.stack([token_loss(self.head(self.ln_f(x)), targets) for x in outputs])
