@@ -55,7 +55,8 @@ for seed in 0 1 2; do
     deep="--data stdlib --learning_rate 3e-3 --warmup_iters 300"
     for n in 6 9 10 12; do run deep-plain$n $deep --model plain --n_layer $n; done
     run deep-halt-lam0.03 $deep --model halt --n_layer 12
-    for n in 10 12; do run deep-several$n $deep --model halt --lam 0 --n_layer $n; done
+    for n in 8 10 12; do run deep-several$n $deep --model halt --lam 0 --n_layer $n; done
+    run deep-tsa $deep --n_layer 12
     variant deep-exit-heavy exit-heavy $deep --model exit --n_layer 12
 done
 
@@ -85,9 +86,7 @@ done
 
 # Other settings, one seed
 for lr in 1e-3 2e-3; do run shakespeare-lr$lr --data shakespeare --model plain --learning_rate $lr; done
-for n in 6 9 12; do run twelve-plain$n ${deep/stdlib/shakespeare} --model plain --n_layer $n; done
-run twelve-halt-lam0.03 ${deep/stdlib/shakespeare} --model halt --n_layer 12
-run deep-tsa $deep --n_layer 12
+run shakespeare-lr3e-3-w300 --data shakespeare --model plain --learning_rate 3e-3 --warmup_iters 300
 for lam in 0.015 0.045; do run deep-halt-lam$lam $deep --model halt --lam $lam --n_layer 12; done
 run shakespeare-tsa-lam0 --data shakespeare --lam 0
 run shakespeare-tsa-lam0.05 --data shakespeare --lam 0.05
@@ -124,7 +123,7 @@ for folder in out/chain-*; do score $folder/ckpt.pt; done
 for folder in out/chain-tsa-s?; do score $folder/ckpt.pt --gate skip --threshold 0.8 0.9 0.95; done
 for folder in out/chain-exit-s?; do score $folder/ckpt.pt --variant exit-nofloor --threshold .9 .99; done
 for folder in out/deep-halt-lam0.03-s?; do score $folder/ckpt.pt --threshold 0.8; done
-score out/deep-tsa-s0/ckpt.pt --gate skip --threshold 0.9
+for folder in out/deep-tsa-s?; do score $folder/ckpt.pt --gate skip --threshold 0.9; done
 for folder in out/fresh-tsa-s?; do
     for gate in ones close round-up; do score $folder/ckpt.pt --gate $gate --threshold 0.5; done
     score $folder/ckpt.pt --threshold .4 .6 .7 .8
@@ -139,6 +138,7 @@ for folder in out/{shakespeare,stdlib,fresh}-{plain4,plain5,plain6,halt-lam0.03}
 done
 for folder in out/deep-{plain{9,10,12},several{10,12},halt-lam0.03}-s?; do score $folder/ckpt.pt --split test; done
 for folder in out/deep-halt-lam0.03-s?; do score $folder/ckpt.pt --split test --threshold 0.8; done
+for folder in out/deep-tsa-s?; do score $folder/ckpt.pt --split test --gate skip --threshold 0.9; done
 for folder in out/{shakespeare,stdlib}-tsa-s?; do
     score $folder/ckpt.pt --split test --gate skip --threshold 0.9
 done
