@@ -86,7 +86,6 @@ done
 
 # Other settings, one seed
 for lr in 1e-3 2e-3; do run shakespeare-lr$lr --data shakespeare --model plain --learning_rate $lr; done
-run shakespeare-lr3e-3-w300 --data shakespeare --model plain --learning_rate 3e-3 --warmup_iters 300
 for lam in 0.015 0.045; do run deep-halt-lam$lam $deep --model halt --lam $lam --n_layer 12; done
 run shakespeare-tsa-lam0 --data shakespeare --lam 0
 run shakespeare-tsa-lam0.05 --data shakespeare --lam 0.05
@@ -136,7 +135,7 @@ score out/paper-tsa-s0/ckpt.pt --threshold .3 .4 .6 .7 .8 .9
 for folder in out/{shakespeare,stdlib,fresh}-{plain4,plain5,plain6,halt-lam0.03}-s? out/{shakespeare,stdlib}-tsa-s?; do
     score $folder/ckpt.pt --split test
 done
-for folder in out/deep-{plain{9,10,12},several{10,12},halt-lam0.03}-s?; do score $folder/ckpt.pt --split test; done
+for folder in out/deep-{plain{6,9,10,12},several{8,10,12},halt-lam0.03}-s?; do score $folder/ckpt.pt --split test; done
 for folder in out/deep-halt-lam0.03-s?; do score $folder/ckpt.pt --split test --threshold 0.8; done
 for folder in out/deep-tsa-s?; do score $folder/ckpt.pt --split test --gate skip --threshold 0.9; done
 for folder in out/{shakespeare,stdlib}-tsa-s?; do
