@@ -86,6 +86,9 @@ done
 
 # Other settings, one seed
 for lr in 1e-3 2e-3; do run shakespeare-lr$lr --data shakespeare --model plain --learning_rate $lr; done
+twelve="--data shakespeare --learning_rate 3e-3 --warmup_iters 300"
+for n in 6 9 12; do run twelve-plain$n $twelve --model plain --n_layer $n; done
+run twelve-halt-lam0.03 $twelve --model halt --n_layer 12
 for lam in 0.015 0.045; do run deep-halt-lam$lam $deep --model halt --lam $lam --n_layer 12; done
 run shakespeare-tsa-lam0 --data shakespeare --lam 0
 run shakespeare-tsa-lam0.05 --data shakespeare --lam 0.05
