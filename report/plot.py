@@ -22,7 +22,7 @@ from train import user_errors
 COLUMNS = ("family", "run", "split", "model", "gate", "n_layer", "lam", "threshold", "variant", "gate_bias", "seed",
            "val_loss", "val_loss_sparse", "tlops_saved", "macs_saved", "accuracy", "permuted", "permuted_sparse", "ran",
            "gates", "hops", "n_params", "device", "dtype", "torch", "seconds", "commit")
-LAYERS = {"deep": 12, "rate": 12, "twelve": 12}       # layers of the plain model of a family, elsewhere 6
+LAYERS = {"deep": 12, "rate": 12, "twelve": 12}     # layers of the plain model of a family, elsewhere 6
 SCORES = ("val_loss", "val_loss_sparse", "tlops_saved", "macs_saved")
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}      # number of seeds: 97.5% quantile of Student's t
 
@@ -66,8 +66,8 @@ def read_csv(path):
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
+        row |= {"seed": int(row["seed"]), "gate": row["gate"] or None, "threshold": row["threshold"] or None}
         row |= {name: float(row[name]) for name in (*SCORES, "threshold") if row[name]}
-        row |= {"seed": int(float(row["seed"])), "gate": row["gate"] or None, "threshold": row["threshold"] or None}
     return rows
 
 

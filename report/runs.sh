@@ -120,7 +120,7 @@ for folder in out/{shakespeare,stdlib}-exit-s?; do score $folder/ckpt.pt --thres
 for folder in out/{shakespeare,stdlib}-exit-heavy-s?; do score $folder/ckpt.pt --threshold .8 .75; done
 for folder in out/{copy,sort}-*; do score $folder/ckpt.pt; done
 score out/shakespeare-exit-s0/ckpt.pt --threshold .99 .95 .9 .85 .8 .7 .65 .6 .55 .5 .4 .3
-score out/paper-exit-s0/ckpt.pt --threshold .99 .95 .9 .85 .8 .75 .7 .65 .6 .55 .5 .4 .3
+score out/paper-exit-s0/ckpt.pt --threshold .95 .8
 for folder in out/chain-*; do score $folder/ckpt.pt; done
 for folder in out/chain-tsa-s?; do score $folder/ckpt.pt --gate skip --threshold 0.8 0.9 0.95; done
 for folder in out/chain-exit-s?; do score $folder/ckpt.pt --variant exit-nofloor --threshold .9 .99; done
