@@ -8,7 +8,6 @@ split; without a checkpoint, the text and the weights are random, at the paper's
 predicted from the saved multiply-adds alone.
 """
 import argparse
-import contextlib
 import csv
 import functools
 import statistics
@@ -39,7 +38,7 @@ def timed(call, device):
 
 def forward(model, idx, gates, cache=None):
     """One sparse pass: with the given gates, or of the plain model if gates is None."""
-    with contextlib.nullcontext() if gates is None else replay(model, gates):
+    with replay(model, gates):
         return model(idx, True, cache)
 
 
@@ -126,10 +125,9 @@ def main(argv=None):
                 print("{work:8} batch {batch:<3} {gates:12} {open:.3f} {ms:10.3f} ms ({ms_low:.3f} to {ms_high:.3f})  "
                       "speed-up {speedup:.2f}, predicted {predicted:.2f}".format(**row))
             if args.out:
-                is_new = not args.out.exists()
                 with open(args.out, "a", newline="", encoding="utf-8") as file:
                     writer = csv.DictWriter(file, ["model", *rows[0]])
-                    if is_new:
+                    if file.tell() == 0:        # a new file
                         writer.writeheader()
                     writer.writerows({"model": args.ckpt or "random weights"} | row for row in rows)
 

@@ -24,12 +24,12 @@ from tsa import GATES, savings, token_loss
 
 @contextlib.contextmanager
 def replay(model, gates):
-    """Let block l run with gates[l] (B, T). The model's own gates are still computed, so that the cost is the same."""
+    """Let block l run with gates[l] (B, T), if any. The model's own are still computed, so the cost is the same."""
     own = model.next_gate
 
     def next_gate(l, x, gate, sparse):
-        own(l, x, gate, sparse)
-        return gates[l]
+        used = own(l, x, gate, sparse)
+        return used if gates is None else gates[l]
 
     model.next_gate = next_gate
     yield
@@ -45,7 +45,7 @@ def run(model, windows, sparse, gates=None, batch_size=64):
     parts = []
     for i, (x, y) in enumerate(zip(*(tokens.split(batch_size) for tokens in windows))):
         given = None if gates is None else gates[:, i * batch_size:(i + 1) * batch_size]
-        with contextlib.nullcontext() if given is None else replay(model, given):
+        with replay(model, given):
             logits, used = model(x, sparse)
         parts.append((token_loss(logits, y), logits.argmax(-1) == y, used))
     losses, right, used = zip(*parts)
@@ -91,10 +91,10 @@ def score(model, windows, is_chain):
     ran = (used != 0).double().mean((1, 2)).tolist()
     tlops, macs = savings(config, ran, windows[0].size(1))
     row = {"val_loss": full.sum().item() / n, "val_loss_sparse": sparse.sum().item() / n, "tlops_saved": tlops,
-           "macs_saved": macs, "ran": ran, "accuracy": right[windows[1] >= 0].double().mean().item()}
+           "macs_saved": macs, "ran": ran, "gates": gates.double().mean((1, 2)).tolist(),
+           "accuracy": right[windows[1] >= 0].double().mean().item()}
     if config.model == "tsa":
         row["permuted"] = run(model, windows, False, permute_tokens(gates))[0].sum().item() / n
-        row["histogram"] = [(gate.histc(10, 0, 1) / gate.numel()).tolist() for gate in gates]     # 10 bins per block
     if config.model != "plain":
         row["permuted_sparse"] = run(model, windows, True, permute_tokens(used))[0].sum().item() / n
     if is_chain:
@@ -149,7 +149,7 @@ def main(argv=None):
         row = key | score(model, windows, saved["flags"]["data"] == "chain")
         rows = [old for old in rows if any(old[name] != key[name] for name in key)] + [row]
         print(*(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()
-                if name not in ("ran", "hops", "histogram")))
+                if name not in ("ran", "gates", "hops")))
         for line in row.get("hops", []):
             print("  {hops} hops: accuracy {accuracy:.4f}, {suffices} suffice, blocks run {blocks}".format(**line))
     path.write_text(json.dumps(rows, indent=1), encoding="utf-8")

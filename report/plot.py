@@ -24,7 +24,7 @@ COLUMNS = ("family", "run", "split", "model", "gate", "n_layer", "lam", "thresho
            "gates", "hops", "n_params", "device", "dtype", "torch", "seconds", "commit")
 LAYERS = {"deep": 12, "rate": 12, "twelve": 12}     # layers of the plain model of a family, elsewhere 6
 SCORES = ("val_loss", "val_loss_sparse", "tlops_saved", "macs_saved")
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}      # number of seeds: 97.5% quantile of Student's t
+T_95 = {2: 12.706, 3: 4.303, 6: 2.571}              # number of seeds: 97.5% quantile of Student's t
 
 
 def is_plain(row):
@@ -137,6 +137,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="report.plot", description="Collect finished runs.")
     parser.add_argument("folders", nargs="*", help="folders of runs, searched recursively")
     parser.add_argument("--rows", type=Path, help="csv file whose rows are read, too")
+    parser.add_argument("--pool", nargs=2, metavar=("FAMILY", "INTO"), help="count one family's seeds as another's")
     parser.add_argument("--commit", default="", help="the commit that the runs were made with, for the csv file")
     parser.add_argument("--csv", type=Path, help="write all rows to this file")
     parser.add_argument("--svg", type=Path, help="write the plot to this file")
@@ -145,6 +146,9 @@ def main(argv=None):
     if args.rows:
         runs = {row["run"] for row in rows}
         rows += [row for row in read_csv(args.rows) if row["run"] not in runs]
+    for row in rows if args.pool else []:
+        row["run"] = re.sub(f"^{args.pool[0]}-", f"{args.pool[1]}-", row["run"])
+        row["family"] = row["run"].partition("-")[0]
     if not rows:
         raise ValueError(f"no finished run (result.json) under {', '.join(args.folders)}")
     summary = summarize(rows)
@@ -156,7 +160,7 @@ def main(argv=None):
     for reference in ("plain", "several"):
         print(f"\nLoss against {reference} models of equal multiply-adds: mean, 95% interval, by seed")
         for line in summary:
-            by_seed = [] if line["model"] in ("plain", "several") else against_plain(line, rows, reference)
+            by_seed = [] if line["model"] in ("plain", reference) else against_plain(line, rows, reference)
             if by_seed:
                 half = T_95.get(len(by_seed), float("nan")) * np.std(by_seed, ddof=min(1, len(by_seed) - 1))
                 print("{name:32} {split:4} {gate!s:8} {threshold!s:4} ".format(**line),
