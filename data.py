@@ -29,7 +29,7 @@ ENWIK8_SPLIT = 90_000_000, 95_000_000           # the characters where the paper
 
 SYMBOLS = "abcdefghijklmnopqrstuvwxyzAB"        # copy, sort: with the special symbols . ^ | $, a vocabulary of 32
 SOURCE_LENGTH = 20                              # as in the paper's code (the paper itself says 10)
-TASK_TRAIN, CHAIN_TRAIN, VAL = 10_000, 100_000, 1_000       # sequences; the first and last are the paper's
+TASK_TRAIN, CHAIN_TRAIN, VAL = 10_000, 100_000, 1_000       # numbers of sequences; TASK_TRAIN and VAL are the paper's
 DIGITS = "0123456789"
 ROUNDS, PLACES, DIGIT_SHARE = 5, 6, 0.2         # chain: rounds, places per round, probability that a place is a digit
 LETTERS = string.ascii_letters[:(ROUNDS - 1) * PLACES]      # a letter for each place, except in the last round
@@ -87,7 +87,7 @@ def fetch(name):
             with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
                 content = response.read()
             if hashlib.sha256(content).hexdigest() != sha256:
-                raise OSError("not the expected file")
+                raise OSError("the server sent another file")
         except Exception as error:      # no network, a broken response, another file
             raise OSError(f"cannot download {url} ({error}); download it yourself and save it as {path}") from None
         FOLDER.mkdir(exist_ok=True)
@@ -134,7 +134,7 @@ def copy_or_sort(name):
 def chain():
     """
     A task that needs depth: 5 rounds of 6 places. In round 0 every place holds a digit, in later rounds a digit or a
-    letter that points to a place in the previous round (`a` to the first place of all, `b` to the second, ...). The
+    letter that points to a place in the previous round (`a` to place 1 of the 30, `b` to place 2, ...). The
     target at each place is the digit at the end of its chain of letters, so each hop (following one letter) depends on
     the one before. No digit or letter occurs twice within a round, so chains never merge. A sequence and its targets:
 
@@ -154,7 +154,7 @@ def chain():
         reached = np.take_along_axis(targets, before, axis=1)
         idx = np.hstack([idx, np.where(is_digit, digits, len(DIGITS) + before)])
         targets = np.hstack([targets, np.where(is_digit, digits, reached)])
-    return task_data(DIGITS + LETTERS, idx, targets, 0, example=666)       # the one above: `t` makes 4 hops
+    return task_data(DIGITS + LETTERS, idx, targets, 0, example=666)       # the one above, where `t` makes 4 hops
 
 
 def chain_answers(text):

@@ -44,7 +44,7 @@ def summary(model, ran, sparse, T, decode):
 
 
 def write_text(model, vocab, idx, args, sparse):
-    """Print the continuation of idx (1, T)."""
+    """Print idx (1, T) and its continuation."""
     L, n, ran, began = model.config.n_layer, args.max_new_tokens, 0, time.perf_counter()
     print("".join(vocab[i] for i in idx[0]), end="")
     for idx_next, gates in generate(model, idx, n, args.temperature, args.top_k, sparse):
@@ -98,9 +98,9 @@ def main(argv=None):
     add("--map", action="store_true", help="show the prediction at each token of the prompt after each block")
     add("--prompt", help="text to continue or to map; by default from the checkpoint")
     add("--sparse", action=argparse.BooleanOptionalAction,
-        help="skip blocks whose inference gate is 0; on by default, except for tsa, whose training never skips")
+        help="skip blocks whose inference gate is 0; on by default, except for tsa, whose gates differ in training")
     add("--max_new_tokens", type=COUNT, default=500, help="tokens to generate (default: 500)")
-    add("--temperature", type=between(0.0, 100.0), default=0.8, help="0: the most likely token (default: 0.8)")
+    add("--temperature", type=between(0.0, 100.0), default=0.8, help="0 picks the most likely token (default: 0.8)")
     add("--top_k", type=COUNT, help="sample from the k most likely tokens; by default from all")
     add("--seed", type=between(0, 2**63 - 1), default=0, help="random seed (default: 0)")
     add("--device", default="auto", help="cpu, cuda, mps ...; by default the best one available")

@@ -30,7 +30,7 @@ from tsa import GATES, MODELS, Config, savings, token_loss
 # Flags. A flag on the command line overrides the task's value, which overrides the preset's.
 
 def between(low, high):
-    """An argparse type: a number in this range, of the type of `low`."""
+    """An argparse type: a number in this range, with the same type as `low`."""
     def convert(text):
         value = type(low)(text)             # argparse reports a ValueError
         if not low <= value <= high:        # also rejects nan
@@ -57,9 +57,9 @@ FLAGS = {       # name: (default, or one per preset or model; type or choices; h
     "warmup_iters": (dict(laptop=100, paper=0), between(0, 10**9), "steps of linear warm-up"),
     "gate": (dict(tsa="soft"), GATES, "gate design"),
     "gate_bias": (dict(tsa=-1.0, halt=-1.0), between(-100.0, 100.0), "initial bias of the routers"),
-    "threshold": (dict(tsa=0.5, exit=0.9, halt=0.5), SHARE, "skip or halt above this p, or exit above this confidence"),
-    "lam": (dict(tsa=0.001, halt=0.03), between(0.0, 1e6), "weight of the depth penalty (the mean gate) in the loss"),
-    "lam_ramp": (dict(tsa=0.0, halt=0.5), SHARE, "lam rises from 0 over this share of training"),
+    "threshold": (dict(tsa=0.5, exit=0.9, halt=0.5), SHARE, "skip or halt above this p; exit above this confidence"),
+    "lam": (dict(tsa=0.001, halt=0.03), between(0.0, 1e6), "weight of the depth penalty in the loss"),
+    "lam_ramp": (dict(tsa=0.0, halt=0.5), SHARE, "share of training over which lam rises from 0"),
     "seed": (0, between(0, 2**63 - 1), "random seed"),
     "device": ("auto", str, "cpu, cuda, cuda:1, mps ...; auto: the best one available"),
     "dtype": ("auto", ("auto", "float32", "bfloat16"), "precision of the training step; auto: bfloat16 if supported"),
@@ -87,7 +87,7 @@ def parse_flags(argv):
     given = vars(parser.parse_args(argv))
     if "resume" in given:
         if given.keys() - {"resume", "device"}:
-            parser.error("--resume uses the run's own flags: no other flag is allowed, except --device")
+            parser.error("--resume reuses the run's flags: no other flag than --device is allowed")
         return given
 
     flags, (model, preset) = {}, (given.get(name, FLAGS[name][0]) for name in ("model", "preset"))
@@ -187,7 +187,7 @@ def evaluate(model, windows, sparse):
 
 
 def score(model, windows):
-    """Evaluate a full and a sparse pass; print and return the scores for the checkpoint and result.json."""
+    """Evaluate a full and a sparse pass; print the scores and return them for the checkpoint and result.json."""
     val_loss, gates, _ = evaluate(model, windows, sparse=False)
     val_loss_sparse, _, ran = evaluate(model, windows, sparse=True)
     tlops_saved, macs_saved = savings(model.config, ran, windows[0].size(1))
@@ -252,7 +252,8 @@ def main(argv=None):
     for tokens in corpus.splits.values():
         checksum = zlib.crc32(tokens.numpy(), checksum)
     if saved.get("checksum", checksum) != checksum:
-        raise ValueError(f"--data {args.data}: the text has changed since this run started; restore the old one")
+        raise ValueError(f"--data {args.data}: the text has changed since this run started; restore the old one "
+                         f"(for stdlib, use the same Python version)")
     windows = [tokens.to(args.device) for tokens in corpus.windows("val", args.block_size)]     # idx, targets (n, T)
     corpus.splits["train"] = corpus.splits["train"].to(args.device)
 
@@ -315,7 +316,7 @@ def main(argv=None):
                               seconds=time.perf_counter() - began, model=model.state_dict(),
                               optimizer=optimizer.state_dict())
             torch.save(checkpoint, out_dir / "ckpt.tmp")
-            (out_dir / "ckpt.tmp").replace(out_dir / "ckpt.pt")     # even if killed here, one of the two is intact
+            (out_dir / "ckpt.tmp").replace(out_dir / "ckpt.pt")     # so that ckpt.pt is always complete
 
     # The final score, on the whole validation split
     print()

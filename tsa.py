@@ -49,7 +49,8 @@ class Config:
             raise ValueError(f"unknown gate {self.gate!r}: choose one of {', '.join(GATES)}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
-        min_layers = {"plain": 1, "exit": Exit.FIRST + 2}.get(self.model, 2)        # one block must be skippable
+        # One block must be skippable, except in the plain model.
+        min_layers = {"plain": 1, "exit": Exit.FIRST + 2}.get(self.model, 2)
         if self.n_layer < min_layers:
             raise ValueError(f"model {self.model!r} needs n_layer {min_layers} or more")
 
@@ -285,7 +286,7 @@ class Exit(Transformer):
 
     def __init__(self, config):
         super().__init__(config)
-        # One LayerNorm per block but the last, which has ln_f. Those before FIRST are used only in training.
+        # One LayerNorm per block but the last, which has ln_f
         self.exit_norms = nn.ModuleList(nn.LayerNorm(config.n_embd) for _ in range(config.n_layer - 1))
 
     def next_gate(self, l, x, gate, sparse):
@@ -295,7 +296,8 @@ class Exit(Transformer):
         return gate * (confidence <= self.config.threshold)     # a token that has exited has a gate of 0 already
 
     def predict(self, x, gates):
-        h, last = self.ln_f(x), gates.sum(0) - 1    # (B, T); a token's gates are 1s, then 0s, so this is its last block
+        h = self.ln_f(x)
+        last = gates.sum(0) - 1         # (B, T): a token's gates are 1s, then 0s, so this is the last block that it ran
         for l, norm in enumerate(self.exit_norms):
             h = torch.where((last == l).unsqueeze(-1), norm(x), h)
         return self.head(h)
@@ -312,7 +314,7 @@ class Exit(Transformer):
 class Halt(TSA):
     """
     Our own model: a token runs block after block until one of TSA's routers halts it. p_l is the probability of halting
-    after block l (1 after the last), so a token reaches block l with probability survive_l = (1 - p_0) ... (1-p_{l-1}).
+    after block l (1 after the last), so a token reaches block l with probability survive_l = (1 - p_0)...(1 - p_{l-1}).
     Let CE_l be the cross-entropy of the prediction from x after block l. Training minimizes
 
         HALT_SHARE  * sum over l of survive_l p_l CE_l      predict well at the block where the token halts
@@ -386,7 +388,8 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, sparse=Tru
     """
     Continue idx (B, T). For each new token, yield idx_next (B, 1) and the gates (L, B) of the token that predicted it.
     Temperature 0 picks the most likely token. After the prompt, each step processes one token per sequence. When the
-    text outgrows the context, its last block_size // 2 tokens are processed again, from position 0.
+    text (or already the prompt) outgrows the context, its last block_size // 2 tokens are processed again, from
+    position 0. The model stays in eval mode.
     """
     model.eval()
     block_size, cache, new = model.config.block_size, {}, idx
@@ -410,9 +413,9 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, sparse=Tru
 def savings(config, ran, T=None, decode=False):
     """
     The shares of token-layer operations (one token running one block; the paper's unit) and of multiply-adds that are
-    saved relative to the plain model, if a share ran[l] of the tokens runs block l: in a prefill of T tokens (by
-    default a full window) or, with decode=True, in generating T tokens one by one. All matrix products are counted, but
-    not the padding of gathered tokens. The second share is negative if the overhead exceeds the saving.
+    saved relative to the plain model with as many layers, if a share ran[l] of the tokens runs block l: in a prefill of
+    T tokens (by default a full window) or, with decode=True, in generating T tokens one by one. All matrix products are
+    counted, but not the padding of gathered tokens. The second share is negative if the overhead exceeds the saving.
     """
     C, L, T = config.n_embd, len(ran), T or config.block_size
     head = C * config.vocab_size
