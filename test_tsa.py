@@ -866,10 +866,10 @@ def test_programs_run_as_programs(tmp_path, capsys, monkeypatch, stdout):
     older.touch()
     os.utime(older, (0, 0))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "stdout", stdout())
     for program, flags in (("train.py", [f"--data={text}", "--n_layer=3", "--n_embd=16", "--block_size=16",
                                          "--max_iters=2"]), ("sample.py", ["--max_new_tokens=40", "--prompt=ü"])):
         monkeypatch.setattr(sys, "argv", [program, "--device=cpu", *flags])
+        monkeypatch.setattr(sys, "stdout", stdout())
         runpy.run_path(str(HERE / program), run_name="__main__")
     assert "tsa-1" in capsys.readouterr().err
 

@@ -121,6 +121,7 @@ def test_scores_of_report_are_those_of_training(finished, text_file, monkeypatch
     assert rows[2]["val_loss_sparse"] != rows[0]["val_loss_sparse"]
     for key in ("val_loss", "val_loss_sparse", "tlops_saved", "macs_saved"):
         assert rows[0][key] == pytest.approx(result[key], abs=1e-5)
+    assert rows[0]["gates"] == pytest.approx(result["gates"]) and rows[3]["gates"] != rows[0]["gates"]
     assert rows[1]["tlops_saved"] > rows[0]["tlops_saved"] and rows[0]["permuted"] != rows[0]["val_loss"]
     assert rows[0]["permuted_sparse"] != rows[0]["val_loss_sparse"] and rows[3]["val_loss"] != rows[0]["val_loss"]
     torch.manual_seed(9)
@@ -261,11 +262,13 @@ def test_models_are_compared_at_equal_multiply_adds_with_their_own_seed(tmp_path
     with open(tmp_path / "r.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, plot.COLUMNS)
         writer.writeheader()
-        for other in plain + halts[:2]:         # a family for each seed
+        for other in plain + halts[:2] + [row("a-several5-s0", .5, 1.0, 0, 0.2)]:         # a family for each seed
             family = "ab"[other["seed"]]
             writer.writerow(other | {"family": family, "run": family + other["run"][1:]})
     assert run(plot, "--rows", tmp_path / "r.csv", "--pool", "b", "a") == 0
-    assert "+0.0750 ± 1.5883" in capsys.readouterr().out        # -0.05 and 0.2: 12.706 · 0.1768 / sqrt(2)
+    out = capsys.readouterr().out
+    assert "+0.0750 ± 1.5883" in out          # -0.05 and 0.2: 12.706 · 0.1768 / sqrt(2)
+    assert re.search(r"a-several5 .* -0.1000", out)
 
 
 def test_plain_model_saves_what_its_missing_layers_would_cost(tmp_path):
