@@ -108,7 +108,10 @@ class Attention(nn.Module):
         self.proj = nn.Linear(C, C, bias=False)
 
     def keys_values(self, h, cache=None):
-        """h (B, T, C) -> keys and values (B, T, 2C); with a cache, those of all S tokens so far (B, S, 2C)."""
+        """
+        h (B, T, C) -> keys and values (B, T, 2C); with a cache, those of all S tokens so far (B, S, 2C). The cache maps
+        an attention layer to a buffer (B, block_size, 2C) and the number of tokens in it.
+        """
         kv = self.key_value(h)
         if cache is None:
             return kv
@@ -175,7 +178,7 @@ class Block(nn.Module):
             assert not self.training, "call eval() first: skipping would change the dropout"
             n = max(gate.count_nonzero(1).tolist())     # the largest number of open gates in any sequence
             if n == 0:
-                return x
+                return x        # the keys and values are in the cache already
             if n < x.size(1):
                 # Gather n tokens from each sequence: a sort puts the positions of open gates first, and the rest of
                 # the row is padding. Padding comes back unchanged, because its gate is 0.
@@ -290,7 +293,7 @@ class Exit(Transformer):
         self.exit_norms = nn.ModuleList(nn.LayerNorm(config.n_embd) for _ in range(config.n_layer - 1))
 
     def next_gate(self, l, x, gate, sparse):
-        if not sparse or l <= self.FIRST:
+        if not sparse or l <= self.FIRST:       # the exit after block FIRST closes the gate of block FIRST + 1
             return None
         confidence = F.softmax(self.head(self.exit_norms[l - 1](x)), dim=-1).amax(-1)      # (B, T)
         return gate * (confidence <= self.config.threshold)     # a token that has exited has a gate of 0 already
@@ -329,7 +332,7 @@ class Halt(TSA):
     """
     HALT_SHARE, EVERY_SHARE, LAST_SHARE, BARRIER = 0.2, 0.05, 0.75, 1e-4
 
-    def next_gate(self, l, x, gate, sparse):
+    def next_gate(self, l, x, gate, sparse):        # only a sparse pass asks for gates
         return gate * (self.routers[l - 1](x) <= self.config.threshold)
 
     def run_all(self, idx, cache=None):
@@ -369,8 +372,8 @@ class Halt(TSA):
         survive, logits, L = torch.stack(survives), torch.stack(logits), len(outputs)      # (L, B, T)
         l = torch.arange(L, device=idx.device).view(L, 1, 1)
         # The first term and the depth penalty train the routers, because survive and p are not detached.
-        weight = (self.HALT_SHARE * survive * torch.sigmoid(logits) + self.EVERY_SHARE / (L - 1) * (l > 0)
-                  + self.LAST_SHARE * (l == L - 1))                                        # (L, B, T)
+        weight = self.HALT_SHARE * survive * torch.sigmoid(logits)                         # (L, B, T), first term
+        weight = weight + self.EVERY_SHARE / (L - 1) * (l > 0) + self.LAST_SHARE * (l == L - 1)
         losses = torch.stack([token_loss(self.head(self.ln_f(x)), targets) for x in outputs])
         # log(p (1 - p)), from the logit because p may round to 0 or 1
         barrier = (F.logsigmoid(logits[:-1]) + F.logsigmoid(-logits[:-1])).mean((1, 2)).sum()
@@ -421,13 +424,14 @@ def savings(config, ran, T=None, decode=False):
     head = C * config.vocab_size
     plain = used = 0
     for share in ran:
-        # A query costs 2C for each key: C for the score and C for the value. The causal kernel, and a cache that grows
-        # to T, leave T / 2 keys on average. The masked kernel of gathered tokens multiplies all T.
+        # The attention's matrices have 4 C^2 elements, those of the feed-forward layer 8 C^2. A query costs 2C for each
+        # key: C for the score and C for the value. The causal kernel, and a cache that grows to T, leave T / 2 keys on
+        # average. The masked kernel of gathered tokens multiplies all T.
         keys = T / 2 if share == 1 or decode else T
         plain += 12 * C * C + T / 2 * 2 * C
         used += 2 * C * C                                   # keys and values, for all tokens
         used += share * (10 * C * C + keys * 2 * C)         # query, output projection, feed-forward; attention
     if config.model in ("tsa", "halt"):
         used += (L - 1) * (C + 1) * max(C // 4, 16)         # routers
-    predictions = L - Exit.FIRST if config.model == "exit" else 1
+    predictions = L - Exit.FIRST if config.model == "exit" else 1       # exit predicts after every block from FIRST on
     return 1 - sum(ran) / L, 1 - (used + predictions * head) / (plain + head)
