@@ -111,24 +111,24 @@ def draw(summary, path):
     from matplotlib.figure import Figure        # only the figures of report/ need matplotlib
     families = {"shakespeare": "Shakespeare, 6 layers", "deep": "Python, 12 layers"}
     styles = {"plain": ("plain", "C0"), "halt": ("halting", "C1"), "exit": ("early exit", "C2"),
-              "tsa skip": ("skip", "C4")}       # the paper's gate, rounded, is far above all of them
-    figure = Figure(figsize=(5 * len(families), 4), layout="constrained")
+              "tsa skip": ("skip", "C4"), "several": ("loss after every block", "C3")}
+    figure, legend = Figure(figsize=(5 * len(families), 4), layout="constrained"), {}
     for axes, (family, title) in zip(figure.subplots(1, len(families), squeeze=False)[0], families.items()):
         curves = {}
         for line in summary:
             name = f"{line['model']} {line['gate'] or ''}".strip()
-            is_drawn = re.search(r"-(plain\d+|tsa|exit|halt(-lam[.\d]+)?)$", line["name"]) and name in styles
-            if line["family"] == family and line["split"] == "val" and is_drawn:
+            is_drawn = re.search(r"-(plain\d+|several\d+|tsa|exit|halt-lam0.03)$", line["name"]) and name in styles
+            if line["family"] == family and line["split"] == "val" and is_drawn and line["n"] > 1:
                 curves.setdefault(name, []).append((100 * line["macs_saved"][0], *line["val_loss_sparse"]))
         for name, points in curves.items():
             saved, loss, spread = zip(*points)
             label, color = styles[name]
-            axes.errorbar(saved, loss, spread, fmt="o-", capsize=3, label=label, color=color)
+            legend[label] = axes.errorbar(saved, loss, spread, fmt="o-", capsize=3, color=color)
         best = min((loss for points in curves.values() for _, loss, _ in points), default=1)
         axes.set(title=title, xlabel="multiply-adds saved (%)", ylabel="validation loss, sparse")
-        axes.set(xlim=(-5, 55), ylim=(0.993 * best, 1.04 * best))
+        axes.set(xlim=(-5, 55), ylim=(0.993 * best, 1.03 * best))
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=4)
+    figure.legend(legend.values(), legend.keys(), frameon=False, loc="outside lower center", ncols=5)
     figure.savefig(path, format="svg", metadata={"Date": None})
 
 

@@ -296,7 +296,8 @@ def test_figures_show_what_their_axes_say(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", MagicMock())
     monkeypatch.setitem(sys.modules, "matplotlib.figure", fake)
     line = row("deep-halt-s0", .5, None, macs_saved=(0.25, 0), val_loss=(9, 9), val_loss_sparse=(1.5, 0.1))
-    plot.draw([line | {"name": "deep-halt"}, line | {"name": "deep-halt", "split": "test"}], "x")
+    line |= {"name": "deep-halt-lam0.03", "n": 3}
+    plot.draw([line, line | {"split": "test"}, line | {"n": 1}], "x")
     assert axes.errorbar.call_args.args[:2] == ((25,), (1.5,))
     low, high = axes.set.call_args.kwargs["ylim"]
     assert low < 1.5 < high
