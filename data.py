@@ -92,7 +92,7 @@ def fetch(name):
             raise OSError(f"cannot download {url} ({error}); download it yourself and save it as {path}") from None
         FOLDER.mkdir(exist_ok=True)
         path.with_suffix(".tmp").write_bytes(content)
-        path.with_suffix(".tmp").rename(path)
+        path.with_suffix(".tmp").replace(path)
     if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         raise ValueError(f"{path} is not the expected file: delete it to download it again")
     return path
@@ -100,11 +100,10 @@ def fetch(name):
 
 def text_data(text, split=None):
     """Encode a text, with its sorted characters as the vocabulary, and split it (by default 80%, 10% and 10%)."""
-    # The same as [vocab.index(c) for c in text], but fast enough for 100 million characters.
-    codes, tokens = np.unique(np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32), return_inverse=True)
-    if len(codes) < 2:
+    vocab = "".join(sorted(set(text)))
+    if len(vocab) < 2:
         raise ValueError("the text is empty or repeats one character")
-    vocab, tokens = "".join(map(chr, codes)), torch.from_numpy(tokens.astype(np.int32))
+    tokens = torch.tensor(encode(text, vocab), dtype=torch.int32)
     a, b = split or (int(0.8 * len(tokens)), int(0.9 * len(tokens)))
     splits = {"train": tokens[:a], "val": tokens[a:b], "test": tokens[b:]}
     return Data(vocab, splits, prompt="\n" if "\n" in vocab else vocab[0], example=text[a:a + 64])

@@ -49,11 +49,11 @@ def write_text(model, vocab, idx, args, sparse):
     print("".join(vocab[i] for i in idx[0]), end="")
     for idx_next, gates in generate(model, idx, n, args.temperature, args.top_k, sparse):
         c, depth = vocab[idx_next.item()], gates.sum().item()   # the number of blocks that ran, if gates are 0 or 1
-        ran = ran + (gates[:, 0] != 0).cpu() / n
+        ran = ran + (gates[:, 0] != 0).cpu()
         print(c if c == "\n" else paint(c, (depth - 1) / max(L - 1, 1)), end="", flush=True)
     print()
     print(f"{n} tokens, {n / (time.perf_counter() - began):.0f} per second;",
-          summary(model, ran.tolist(), sparse, None, decode=True), file=sys.stderr)
+          summary(model, (ran / n).tolist(), sparse, None, decode=True), file=sys.stderr)
 
 
 @torch.inference_mode()
@@ -69,7 +69,7 @@ def write_map(model, vocab, idx, sparse, answers):
     logits, gates = model(idx, sparse)
     norms = [*getattr(model, "exit_norms", [model.ln_f] * (L - 1)), model.ln_f]
     predicted = [model.head(norm(x))[0].argmax(-1).tolist() for norm, x in zip(norms, outputs)]       # (L, T)
-    final, gates = logits[0].argmax(-1).tolist(), gates[:, 0]                              # (T,), (L, T)
+    final, gates = logits[0].argmax(-1).tolist(), gates[:, 0].cpu()                        # (T,), (L, T)
 
     shown = [{"\n": "⏎", " ": "␣", "\t": "⇥"}.get(c, c) for c in vocab]
     width = max((shutil.get_terminal_size().columns - len("answer  ")) // 2, 1)
@@ -98,7 +98,7 @@ def main(argv=None):
     add("--map", action="store_true", help="show the prediction at each token of the prompt after each block")
     add("--prompt", help="text to continue or to map; by default from the checkpoint")
     add("--sparse", action=argparse.BooleanOptionalAction,
-        help="skip blocks whose inference gate is 0; on by default, except for tsa, whose gates differ in training")
+        help="skip blocks whose inference gate is 0; on by default, except for tsa")
     add("--max_new_tokens", type=COUNT, default=500, help="tokens to generate (default: 500)")
     add("--temperature", type=between(0.0, 100.0), default=0.8, help="0 picks the most likely token (default: 0.8)")
     add("--top_k", type=COUNT, help="sample from the k most likely tokens; by default from all")

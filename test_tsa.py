@@ -427,6 +427,7 @@ def offer(tmp_path, monkeypatch):
     """A function that makes a server send `body` as Tiny-Shakespeare; it returns the path for the file."""
     monkeypatch.setattr(data, "FOLDER", tmp_path / "data")
     monkeypatch.setattr(data, "TIMEOUT", 0.2)
+    monkeypatch.setenv("no_proxy", "*")
 
     def call(body):
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -616,7 +617,7 @@ def test_interrupted_run_resumes_to_the_bit(run_train, tmp_path, monkeypatch, mo
     assert run_train(*flags, "--out_dir", tmp_path / "whole") == 0
     with monkeypatch.context() as patch:
         interrupt(patch, 40)
-        assert run_train(*flags) == "\nstopped (train.py can continue with --resume)"
+        assert run_train(*flags) == "\nstopped"
     path = tmp_path / "run" / "ckpt.pt"
     saved = torch.load(path, weights_only=True)
     assert saved["step"] == 20
@@ -698,7 +699,7 @@ def test_bad_text_is_one_line(run_train, text_file, tmp_path, capsys, content, w
     (["--n_head", 3], ["n_head 3", "n_embd 16"]), (["--n_layer", 1], ["n_layer"]), (["--device", "abacus"], ["abacus"]),
     (["--model", "plain", "--lam", 1], ["--lam"]), (["--data", "copy"], ["--block_size"]), (["--bogus", 1], ["bogus"]),
     (["--gate", "ajar"], ["--gate", "soft"]), (["--seed", "many"], ["--seed", "many"]), (["--n_embd", 0], ["--n_embd"]),
-    (["--model", "halt", "--gate", "soft"], ["--gate"]), (["--data", "no/such/file"], ["no/such/file"]),
+    (["--model", "halt", "--gate", "soft"], ["--gate"]), (["--data", "missing.txt"], ["missing.txt"]),
     (["--model", "exit", "--n_layer", 2], ["n_layer 3"]), (["--resume", "."], ["no other flag"]),
     (["--out_dir", __file__], ["exists"]),
     *(([f"--{name}", value], [f"--{name}"]) for name, (_, kind, _) in train.FLAGS.items()
@@ -817,6 +818,8 @@ def test_scales_are_sampled_as_they_were_trained(finished, capsys):
     assert all("all 3 blocks were computed for every token" in remark for remark in remarks[:5])
     assert texts[0] == texts[1] != texts[2] and texts[3] == texts[4] and "sparse: " in remarks[5]
     assert texts[0].startswith("\n")        # the corpus's own prompt
+    token = sampled(capsys, finished / "ckpt.pt", "--map").out.splitlines()[3]
+    assert token.startswith("token ") and len(token) == 8 + 2 * 16        # the example fits into the context
 
 
 @pytest.mark.parametrize("model, sparse, seed", [("plain", False, 6), ("tsa", False, 6), ("exit", True, 11),

@@ -4,8 +4,8 @@ Train and evaluate a model:
     python train.py --data chain --model halt       every flag has a default; --help lists them
     python train.py --resume out/halt-1             continue an interrupted run
 
-Each step's random numbers depend only on (seed, step), so on the same device a resumed run is bit-identical to one that
-was never interrupted, and evaluation does not affect training.
+Each step's random numbers depend only on (seed, step), so a resumed run equals one that was never interrupted (bit for
+bit on a CPU), and evaluation does not affect training.
 """
 import argparse
 import contextlib
@@ -113,7 +113,7 @@ def user_errors():
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("\nstopped (train.py can continue with --resume)")
+        sys.exit("\nstopped")
 
 
 def pick_device(name):
@@ -274,7 +274,8 @@ def main(argv=None):
     flags = vars(args)
     n_params = sum(parameter.numel() for parameter in model.parameters())
     print(*(f"{name}={value}" for name, value in flags.items()))
-    print(f"{n_params:,} parameters; after an interruption, continue with: python train.py --resume {out_dir}")
+    print(f"{n_params:,} parameters; a checkpoint is saved every {args.eval_interval} steps; to continue from it: "
+          f"python train.py --resume {out_dir}")
 
     # The training loop
     loss_of = torch.compile(model.loss) if args.compile else model.loss
@@ -312,7 +313,7 @@ def main(argv=None):
         if evaluates:
             rows.append(row | score(model, [tokens[:EVAL_WINDOWS] for tokens in windows]))
             checkpoint = dict(config=vars(model.config), flags=flags, vocab=corpus.vocab, prompt=corpus.prompt,
-                              example=corpus.example, checksum=checksum, step=step, rows=rows,
+                              example=corpus.example[:args.block_size], checksum=checksum, step=step, rows=rows,
                               seconds=time.perf_counter() - began, model=model.state_dict(),
                               optimizer=optimizer.state_dict())
             torch.save(checkpoint, out_dir / "ckpt.tmp")

@@ -178,7 +178,7 @@ class Block(nn.Module):
             assert not self.training, "call eval() first: skipping would change the dropout"
             n = max(gate.count_nonzero(1).tolist())     # the largest number of open gates in any sequence
             if n == 0:
-                return x        # the keys and values are in the cache already
+                return x        # keys and values are already in the cache, if there is one
             if n < x.size(1):
                 # Gather n tokens from each sequence: a sort puts the positions of open gates first, and the rest of
                 # the row is padding. Padding comes back unchanged, because its gate is 0.

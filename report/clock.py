@@ -88,7 +88,7 @@ def clock(plain, half, model, text, work, B, seconds, device):
         if gates is None:
             ran, saved = [1.0] * m.config.n_layer, fewer_layers(config, m.config.n_layer, config.n_layer)
         else:
-            ran = (gates[:, :, T - T // 2 if work == "decode" else 0:] != 0).double().mean((1, 2)).tolist()
+            ran = (gates[:, :, T - T // 2 if work == "decode" else 0:] != 0).cpu().double().mean((1, 2)).tolist()
             saved = savings(config, ran, decode=work == "decode")[1]
         rows.append({"work": work, "batch": B, "gates": name, "open": sum(ran[1:]) / max(len(ran) - 1, 1), "ms": median,
                      "ms_low": low, "ms_high": high,

@@ -88,11 +88,11 @@ def score(model, windows, is_chain):
     torch.manual_seed(0)        # for permute_tokens
     full, _, gates = run(model, windows, sparse=False)
     sparse, right, used = run(model, windows, sparse=True)
-    ran = (used != 0).double().mean((1, 2)).tolist()
+    ran = (used != 0).cpu().double().mean((1, 2)).tolist()
     tlops, macs = savings(config, ran, windows[0].size(1))
     row = {"val_loss": full.sum().item() / n, "val_loss_sparse": sparse.sum().item() / n, "tlops_saved": tlops,
-           "macs_saved": macs, "ran": ran, "gates": gates.double().mean((1, 2)).tolist(),
-           "accuracy": right[windows[1] >= 0].double().mean().item()}
+           "macs_saved": macs, "ran": ran, "gates": gates.cpu().double().mean((1, 2)).tolist(),
+           "accuracy": right[windows[1] >= 0].cpu().double().mean().item()}
     if config.model == "tsa":
         row["permuted"] = run(model, windows, False, permute_tokens(gates))[0].sum().item() / n
     if config.model != "plain":

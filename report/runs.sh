@@ -15,6 +15,7 @@ into() {    # into NAME PROGRAM FLAGS...: one seed of a run, in out/NAME-s$seed
             *) python -m $1 $2 --resume "$folder" ;;            # report.variants NAME
         esac
     else
+        rm -rf "$folder"        # of a run that was interrupted before its first checkpoint
         python -m "$@" --device cpu --dtype bfloat16 --seed $seed --out_dir "$folder"
     fi
 }

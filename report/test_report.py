@@ -100,7 +100,7 @@ def test_run_starts_from_a_checkpoint(finished, run_train, tmp_path, restore, te
     assert run(variants, "straight", "--init_from", finished / "ckpt.pt", *flags) == 0
     after, saved = train.load_checkpoint(tmp_path / "tuned" / "ckpt.pt")
     assert saved["flags"]["gate"] == "straight"
-    assert run(variants, "straight", "--resume", tmp_path / "tuned") == 0
+    assert run(variants, "straight", f"--resume={tmp_path / 'tuned'}") == 0
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
 
 

@@ -5,7 +5,8 @@ Train a modified model, as for many rows of report/README.md:
     python -m report.variants exit-heavy --model exit               # another change
     python -m report.variants straight --init_from out/tsa-1/ckpt.pt --max_iters 400 --learning_rate 5e-4
 
---init_from starts from the weights of a checkpoint. Importing this file only adds the gate designs.
+--init_from starts from the weights of a checkpoint. To continue a run, use `python -m report.variants NAME --resume
+DIR`, because train.py would drop the change. Importing this file only adds the gate designs.
 """
 import argparse
 import functools
@@ -84,11 +85,12 @@ def main(argv=None):
     parser.add_argument("name", choices=[*GATES, *VARIANTS], help="gate design or other change")
     parser.add_argument("--init_from", help="checkpoint whose weights the run starts from")
     args, flags = parser.parse_known_args(argv)
+    resumes = any(flag.startswith("--resume") for flag in flags)
     if args.name in VARIANTS:
         VARIANTS[args.name]()
-    elif "--resume" not in flags:
+    elif not resumes:
         flags += ["--gate", args.name]
-    if args.init_from and "--resume" not in flags:
+    if args.init_from and not resumes:
         start, make_optimizer = train.load_checkpoint(args.init_from)[0], train.make_optimizer
 
         def started(model):
