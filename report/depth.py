@@ -5,8 +5,8 @@ Score a trained model in more detail than train.py does:
 
 For each threshold, score a full and a sparse pass over the whole split: losses, savings, accuracy, and the losses with
 permuted gates (each token gets the gates of the token at the same position in another sequence). If permuting hardly
-changes the loss, it hardly matters which token gets which gates. For chains, also report accuracy and blocks run by
-number of hops. The rows are added to scores.json next to the checkpoint. --histogram draws the gates of a full pass.
+changes the loss, it hardly matters which token gets which gates. For halting models, also report the loss after each
+block; for chains, accuracy and blocks run by number of hops. The rows are added to scores.json next to the checkpoint. --histogram draws the gates of a full pass.
 """
 import argparse
 import contextlib
@@ -50,6 +50,15 @@ def run(model, windows, sparse, gates=None, batch_size=64):
         parts.append((token_loss(logits, y), logits.argmax(-1) == y, used))
     losses, right, used = zip(*parts)
     return torch.cat(losses), torch.cat(right), torch.cat(used, dim=1)
+
+
+@torch.inference_mode()
+def losses_by_block(model, windows):
+    """The mean loss of a halting model after each block, if every token runs it (L values)."""
+    total = 0
+    for x, y in zip(*(tokens.split(64) for tokens in windows)):
+        total = total + torch.stack([token_loss(model.head(model.ln_f(h)), y).sum() for h, _, _ in model.run_all(x)])
+    return (total / (windows[1] >= 0).sum()).tolist()
 
 
 def permute_tokens(gates):
@@ -97,6 +106,8 @@ def score(model, windows, is_chain):
         row["permuted"] = run(model, windows, False, permute_tokens(gates))[0].sum().item() / n
     if config.model != "plain":
         row["permuted_sparse"] = run(model, windows, True, permute_tokens(used))[0].sum().item() / n
+    if config.model == "halt":
+        row["by_block"] = losses_by_block(model, windows)
     if is_chain:
         row["hops"] = by_hops(windows[0], right, used)
     return row
@@ -149,7 +160,9 @@ def main(argv=None):
         row = key | score(model, windows, saved["flags"]["data"] == "chain")
         rows = [old for old in rows if any(old[name] != key[name] for name in key)] + [row]
         print(*(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()
-                if name not in ("ran", "gates", "hops")))
+                if name not in ("ran", "gates", "by_block", "hops")))
+        if "by_block" in row:
+            print("  loss after each block:", *(f"{loss:.4f}" for loss in row["by_block"]))
         for line in row.get("hops", []):
             print("  {hops} hops: accuracy {accuracy:.4f}, {suffices} suffice, blocks run {blocks}".format(**line))
     path.write_text(json.dumps(rows, indent=1), encoding="utf-8")

@@ -21,7 +21,7 @@ from train import user_errors
 
 COLUMNS = ("family", "run", "split", "model", "gate", "n_layer", "lam", "threshold", "variant", "gate_bias", "seed",
            "val_loss", "val_loss_sparse", "tlops_saved", "macs_saved", "accuracy", "permuted", "permuted_sparse", "ran",
-           "gates", "hops", "n_params", "device", "dtype", "torch", "seconds", "commit")
+           "gates", "by_block", "hops", "n_params", "device", "dtype", "torch", "seconds", "commit")
 LAYERS = {"deep": 12, "rate": 12, "twelve": 12}     # layers of the plain model of a family, elsewhere 6
 SCORES = ("val_loss", "val_loss_sparse", "tlops_saved", "macs_saved")
 T_95 = {2: 12.706, 3: 4.303, 6: 2.571}              # number of seeds: 97.5% quantile of Student's t

@@ -178,6 +178,16 @@ def test_replayed_gates_are_the_ones_that_run(settings):
     torch.testing.assert_close(model(idx, sparse=True)[0], logits)
 
 
+def test_loss_after_each_block_is_that_of_a_model_cut_there():
+    """The report explains with it why tokens do not halt."""
+    model, idx, targets = tiny("halt", threshold=1.0), tokens(), tokens(seed=2)         # no token would halt
+    targets[:, :5] = -1
+    by_block = depth.score(model, (idx, targets), False)["by_block"]
+    assert by_block[-1] == pytest.approx(train.evaluate(model, (idx, targets), False)[0])
+    model.blocks = model.blocks[:2]
+    assert by_block[1] == pytest.approx(train.evaluate(model, (idx, targets), False)[0])
+
+
 def test_permuted_gates_keep_tokens_whole_and_in_place():
     """Gates split up across blocks, or moved to another position, would say nothing about the router."""
     gates = torch.arange(5 * 7).view(5, 7) + 100 * torch.arange(4).view(4, 1, 1)           # (L, n, T)
