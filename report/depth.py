@@ -6,7 +6,8 @@ Score a trained model in more detail than train.py does:
 For each threshold, score a full and a sparse pass over the whole split: losses, savings, accuracy, and the losses with
 permuted gates (each token gets the gates of the token at the same position in another sequence). If permuting hardly
 changes the loss, it hardly matters which token gets which gates. For halting models, also report the loss after each
-block; for chains, accuracy and blocks run by number of hops. The rows are added to scores.json next to the checkpoint. --histogram draws the gates of a full pass.
+block; for chains, accuracy and blocks run by number of hops. The rows are added to scores.json next to the checkpoint.
+--histogram draws the gates of a full pass.
 """
 import argparse
 import contextlib
