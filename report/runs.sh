@@ -108,10 +108,12 @@ for seed in 0 1 2; do
     for n in 5 6; do run paper-plain$n --data shakespeare --preset paper --model plain --n_layer $n; done
     run paper-tsa --data shakespeare --preset paper
 done
+for seed in 0 1; do run paper-halt-lam0.03 --data shakespeare --preset paper --model halt; done
 seed=0
 run paper-exit --data shakespeare --preset paper --model exit
-variant paper-straight-from-tsa straight --init_from out/paper-tsa-s0/ckpt.pt --data shakespeare --preset paper \
-    --max_iters 200 --learning_rate 1e-4 --eval_interval 100
+tune="--init_from out/paper-tsa-s0/ckpt.pt --data shakespeare --preset paper --max_iters 200 --learning_rate 1e-4"
+variant paper-straight-from-tsa straight $tune --eval_interval 100
+for lam in 0.01 0.03; do variant paper-straight-from-tsa-lam$lam straight $tune --eval_interval 100 --lam $lam; done
 
 # Scores beside result.json: other gates and thresholds, and hops of chains
 for folder in out/{shakespeare,stdlib}-tsa-s? out/shakespeare-tsa-lam*-s0; do
@@ -134,6 +136,7 @@ done
 for folder in out/paper-tsa-s?; do score $folder/ckpt.pt --gate skip --threshold 0.7 0.9; done
 for gate in ones close round-up; do score out/paper-tsa-s0/ckpt.pt --gate $gate --threshold 0.5; done
 score out/paper-tsa-s0/ckpt.pt --threshold .3 .4 .6 .7 .8 .9
+for folder in out/{shakespeare,paper}-halt-lam0.03-s?; do score $folder/ckpt.pt; done     # the loss after each block
 
 # The test split, once, after all choices had been made on the validation split
 for folder in out/{shakespeare,stdlib,fresh}-{plain4,plain5,plain6,halt-lam0.03}-s? out/{shakespeare,stdlib}-tsa-s?; do
@@ -146,6 +149,7 @@ for folder in out/{shakespeare,stdlib}-tsa-s?; do
     score $folder/ckpt.pt --split test --gate skip --threshold 0.9
 done
 for folder in out/{shakespeare,stdlib}-exit-s?; do score $folder/ckpt.pt --split test --threshold 0.75; done
+for folder in out/paper-halt-lam0.03-s?; do score $folder/ckpt.pt --split test; done
 
 # Tables, figures and timings
 python -m report.plot out --commit "$(git rev-parse --short HEAD)" --csv report/results.csv --svg report/frontier.svg
