@@ -133,9 +133,9 @@ def copy_or_sort(name):
 def chain():
     """
     A task that needs depth: 5 rounds of 6 places. In round 0 every place holds a digit, in later rounds a digit or a
-    letter that points to a place in the previous round (`a` to place 1 of the 30, `b` to place 2, ...). The
-    target at each place is the digit at the end of its chain of letters, so each hop (following one letter) depends on
-    the one before. No digit or letter occurs twice within a round, so chains never merge. A sequence and its targets:
+    letter that points to a place in the previous round (`a` to place 1 of the 30, `b` to place 2, ...). The target at
+    each place is the digit at the end of its chain of letters, so each hop (following one letter) depends on the one
+    before. No digit or letter occurs twice within a round, so chains never merge. A sequence and its targets:
 
         741853 4bfadc lhi0gj nm4o30 uwtx56
         741853 443781 143047 414330 431056

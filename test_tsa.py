@@ -574,6 +574,7 @@ def test_run_equals_a_loop_written_out(run_train, text_file, tmp_path):
         optimizer.step()
     assert clipped > 2
     row = saved["rows"][-1]
+    assert row["lam"] == 0.3
     assert row["loss"] - row["task_loss"] == pytest.approx(0.3 * gates[1:].mean().item(), abs=1e-3)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(saved["model"][name], parameter.detach(), rtol=1e-3, atol=2e-4)
@@ -861,7 +862,7 @@ def test_map_of_a_chain_marks_wrong_answers_and_takes_the_readers_own(capsys, mo
 
 
 @pytest.mark.parametrize("stdout", [StringIO, lambda: TextIOWrapper(BytesIO(), "ascii")])
-def test_programs_run_as_programs(tmp_path, capsys, monkeypatch, stdout):
+def test_programs_run_in_notebooks_and_plain_terminals(tmp_path, capsys, monkeypatch, stdout):
     """In a notebook, sys.stdout has no reconfigure; a terminal may be plain ASCII. sample.py finds the newest run."""
     text, older = tmp_path / "flüsse.txt", tmp_path / "out" / "older" / "ckpt.pt"
     text.write_text("häuser über flüsse\n" * 60, encoding="utf-8")

@@ -332,7 +332,7 @@ class Halt(TSA):
     """
     HALT_SHARE, EVERY_SHARE, LAST_SHARE, BARRIER = 0.2, 0.05, 0.75, 1e-4
 
-    def next_gate(self, l, x, gate, sparse):        # only a sparse pass asks for gates
+    def next_gate(self, l, x, gate, sparse):        # called only in a sparse pass
         return gate * (self.routers[l - 1](x) <= self.config.threshold)
 
     def run_all(self, idx, cache=None):

@@ -146,9 +146,10 @@ def main(argv=None):
     if args.rows:
         runs = {row["run"] for row in rows}
         rows += [row for row in read_csv(args.rows) if row["run"] not in runs]
-    for row in rows if args.pool else []:
-        row["run"] = re.sub(f"^{args.pool[0]}-", f"{args.pool[1]}-", row["run"])
-        row["family"] = row["run"].partition("-")[0]
+    if args.pool:
+        for row in rows:
+            row["run"] = re.sub(f"^{args.pool[0]}-", f"{args.pool[1]}-", row["run"])
+            row["family"] = row["run"].partition("-")[0]
     if not rows:
         raise ValueError(f"no finished run (result.json) under {', '.join(args.folders)}")
     summary = summarize(rows)
