@@ -1,8 +1,9 @@
 """
 Inspect a trained model:
 
-    python sample.py                            generate text; colors show at which depth each character was predicted
-    python sample.py report/chain-halt.pt       show what the model predicts at each token after each block
+    python sample.py                            generate text; in a terminal, colors show how many blocks ran
+    python sample.py --map                      show what the model would predict for each token after each block
+    python sample.py report/chain-halt.pt       the same for a chain
 """
 import argparse
 import os
@@ -14,54 +15,54 @@ from pathlib import Path
 import torch
 
 import data
-from train import COUNT, between, load_checkpoint, pick_device, user_errors
+from train import COUNT, Parser, between, load_checkpoint, one_line, pick_device
 from tsa import generate, savings
 
 SHIPPED = Path(__file__).resolve().parent / "report" / "text-halt.pt"
-COLORS = (153, 159, 157, 229, 223, 217)     # terminal backgrounds, from blue (shallow, closed) to red (deep, open)
+BLUES = (195, 153, 117, 75, 39)         # terminal backgrounds for open gates, from near 0 (pale) to 1 (deep)
 
 
 def is_colored():
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
-def paint(text, share):
-    """In a terminal, put the text on a background from blue (share 0) to red (share 1)."""
-    if not is_colored():
+def paint(text, gate):
+    """In a terminal, color the background of the text: the larger the gate, the deeper. A closed gate gets none."""
+    if gate == 0 or not is_colored():
         return text
-    level = round(min(max(share, 0), 1) * (len(COLORS) - 1))
-    return f"\033[30;48;5;{COLORS[level]}m{text}\033[0m"
+    level = round(min(max(gate, 0), 1) * (len(BLUES) - 1))
+    return f"\033[30;48;5;{BLUES[level]}m{text}\033[0m"
 
 
-def summary(model, ran, sparse, T, decode):
-    """The closing line: what was computed, and what that saved."""
-    L = model.config.n_layer
+def summary(model, ran, sparse, T=None):
+    """Return the last line of the output: how much was computed, and how much that saved."""
     if not sparse:
-        return f"full: all {L} blocks were computed for every token; --sparse skips blocks whose inference gate is 0"
-    tlops, macs = savings(model.config, ran, T, decode)
-    return (f"sparse: {sum(ran):.2f} of {L} blocks were computed per token, saving {tlops:.1%} of token-layer "
+        return f"full: every token ran all {len(ran)} blocks; with --sparse, it skips those whose inference gate is 0"
+    tlops, macs = savings(model.config, ran, T)
+    return (f"sparse: a token ran {sum(ran):.2f} of {len(ran)} blocks on average, saving {tlops:.1%} of token-layer "
             f"operations and {macs:.1%} of multiply-adds")
 
 
 def write_text(model, vocab, idx, args, sparse):
     """Print idx (1, T) and its continuation."""
-    L, n, ran, began = model.config.n_layer, args.max_new_tokens, 0, time.perf_counter()
+    n, ran, began = args.max_new_tokens, 0, time.perf_counter()
     print("".join(vocab[i] for i in idx[0]), end="")
     for idx_next, gates in generate(model, idx, n, args.temperature, args.top_k, sparse):
-        c, depth = vocab[idx_next.item()], gates.sum().item()   # the number of blocks that ran, if gates are 0 or 1
-        ran = ran + (gates[:, 0] != 0).cpu()
-        print(c if c == "\n" else paint(c, (depth - 1) / max(L - 1, 1)), end="", flush=True)
+        c, gates = vocab[idx_next.item()], gates[:, 0].cpu()                               # gates (L,)
+        ran = ran + (gates != 0)
+        depth = ((gates != 0).float() if sparse else gates).mean().item()       # the share of the blocks that ran
+        print(c if c == "\n" else paint(c, depth), end="", flush=True)
     print()
     print(f"{n} tokens, {n / (time.perf_counter() - began):.0f} per second;",
-          summary(model, (ran / n).tolist(), sparse, None, decode=True), file=sys.stderr)
+          summary(model, (ran / n).tolist(), sparse), file=sys.stderr)
 
 
 @torch.inference_mode()
 def write_map(model, vocab, idx, sparse, answers):
     """
     Print a row per block, the last on top, and a column per token of idx (1, T). A cell shows the character that the
-    model would predict after that block, and is blank if the token skipped it. If `answers` are given, a last row shows
-    them and marks those that the model got wrong.
+    model would predict after that block, and is blank if the token skipped it. With `answers`, a final row shows them
+    and marks those that the model got wrong.
     """
     outputs, L, T = [], model.config.n_layer, idx.size(1)
     for block in model.blocks:
@@ -76,51 +77,57 @@ def write_map(model, vocab, idx, sparse, answers):
     for start in range(0, T, width):
         columns = range(start, min(start + width, T))
         for l in reversed(range(L)):
-            cells = [shown[predicted[l][t]] if gates[l, t] != 0 or not sparse else " " for t in columns]
-            row = "".join(paint(f" {c}", gates[l, t].item()) for c, t in zip(cells, columns))
-            print(f"block {l:<2}{row}".rstrip())
-        print("token   " + "".join(f" {shown[idx[0, t]]}" for t in columns))
+            row = f"block {l:<2}"
+            for t in columns:
+                skipped = sparse and gates[l, t] == 0
+                row += paint(" " + (" " if skipped else shown[predicted[l][t]]), gates[l, t].item())
+            print(row.rstrip())
+        print("token   " + "".join(" " + shown[idx[0, t]] for t in columns))
         if answers:
             wrong = "\033[31m {}\033[0m" if is_colored() else "!{}"
-            marked = (f" {answers[t]}" if vocab[final[t]] == answers[t] else wrong.format(answers[t]) for t in columns)
-            print("answer  " + "".join(marked))
+            marks = (" {}" if vocab[final[t]] == answers[t] else wrong for t in columns)
+            print("answer  " + "".join(mark.format(answers[t]) for mark, t in zip(marks, columns)))
         print()
-    print(summary(model, (gates != 0).double().mean(1).tolist(), sparse, T, decode=False), file=sys.stderr)
+    print(summary(model, (gates != 0).double().mean(1).tolist(), sparse, T), file=sys.stderr)
 
 
-@user_errors()
+@one_line()
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="sample.py", usage=argparse.SUPPRESS,
-                                     description="Generate text with a trained model, or show its predictions.")
+    parser = Parser(prog="sample.py", description="Inspect a trained model.", usage=argparse.SUPPRESS,
+                    allow_abbrev=False)
     add = parser.add_argument
     add("ckpt", type=Path, nargs="?",
-        help="checkpoint; by default the newest out/*/ckpt.pt, or if there is none, report/text-halt.pt")
-    add("--map", action="store_true", help="show the prediction at each token of the prompt after each block")
-    add("--prompt", help="text to continue or to map; by default from the checkpoint")
+        help="checkpoint (default: the newest out/*/ckpt.pt or, if there is none, report/python-skip.pt)")
+    add("--map", action="store_true", help="show the prediction for each token after each block; always on for chains")
+    add("--prompt", help="text to continue or to map (default: stored in the checkpoint)")
     add("--sparse", action=argparse.BooleanOptionalAction,
-        help="skip blocks whose inference gate is 0; on by default, except for tsa")
+        help="skip blocks whose inference gate is 0 (default: yes, except for --gate soft, which breaks when rounded)")
     add("--max_new_tokens", type=COUNT, default=500, help="tokens to generate (default: 500)")
     add("--temperature", type=between(0.0, 100.0), default=0.8, help="0 picks the most likely token (default: 0.8)")
-    add("--top_k", type=COUNT, help="sample from the k most likely tokens; by default from all")
+    add("--top_k", type=COUNT, help="sample from the k most likely tokens (default: from all)")
     add("--seed", type=between(0, 2**63 - 1), default=0, help="random seed (default: 0)")
-    add("--device", default="auto", help="cpu, cuda, mps ...; by default the best one available")
+    add("--device", default="auto", help="cpu, cuda, mps ... (default: the best one available)")
     args = parser.parse_args(argv)
 
     path = args.ckpt or max(Path("out").glob("*/ckpt.pt"), key=os.path.getmtime, default=SHIPPED)
     model, saved = load_checkpoint(path)
-    model, vocab = model.to(pick_device(args.device)), saved["vocab"]
-    sparse = model.config.model != "tsa" if args.sparse is None else args.sparse
-    shows_map = args.map or not saved["prompt"]             # for chains, there is nothing to generate
+    model.to(pick_device(args.device))
+    config, vocab = model.config, saved["vocab"]
+    is_chain = saved["flags"]["data"] == "chain"
+    shows_map = args.map or is_chain            # a chain has nothing to generate
+    sparse = (config.model, config.gate) != ("tsa", "soft") if args.sparse is None else args.sparse
+
     prompt = saved["example" if shows_map else "prompt"] if args.prompt is None else args.prompt
     if not prompt:
-        raise ValueError("--prompt is empty: give at least one character")
+        raise data.UserError("--prompt is empty: give at least one character")
+    if shows_map and len(prompt) > config.block_size:
+        raise data.UserError(f"--prompt has {len(prompt)} tokens: a map shows at most {config.block_size}")
     idx = torch.tensor([data.encode(prompt, vocab)], device=model.wte.weight.device)       # (1, T)
-    print(f"{path}: {model.config.model} model, step {saved['step']}", file=sys.stderr)
-    torch.manual_seed(args.seed)
+    print(f"{path}: {config.model} model, step {saved['step']}", file=sys.stderr)
     if shows_map:
-        is_chain = vocab == data.DIGITS + data.LETTERS
         write_map(model, vocab, idx, sparse, data.chain_answers(prompt) if is_chain else None)
     else:
+        torch.manual_seed(args.seed)
         write_text(model, vocab, idx, args, sparse)
 
 

@@ -9,7 +9,6 @@ changes the loss, it hardly matters which token gets which gates. For halting mo
 block; for chains, accuracy and blocks run by number of hops. The rows are added to scores.json next to the checkpoint.
 --histogram draws the gates of a full pass.
 """
-import argparse
 import contextlib
 import json
 import math
@@ -19,22 +18,36 @@ import torch
 
 import data
 from report.variants import VARIANTS
-from train import SHARE, load_checkpoint, pick_device, user_errors
+from train import SHARE, Parser, load_checkpoint, one_line, pick_device
 from tsa import GATES, savings, token_loss
 
 
 @contextlib.contextmanager
 def replay(model, gates):
-    """Let block l run with gates[l] (B, T), if any. The model's own are still computed, so the cost is the same."""
-    own = model.next_gate
+    """
+    Let block l run with gates[l] (B, T), if any. They overwrite the model's own gates in place, so that the model sees
+    what ran.
+    """
+    def overwrite(gate):
+        def hook(block, args):
+            if len(args) > 1:       # a plain block gets only x
+                args[1].copy_(gate)
+        return hook
 
-    def next_gate(l, x, gate, sparse):
-        used = own(l, x, gate, sparse)
-        return used if gates is None else gates[l]
-
-    model.next_gate = next_gate
+    pairs = [] if gates is None else zip(model.blocks, gates)
+    hooks = [block.register_forward_pre_hook(overwrite(gate)) for block, gate in pairs]
     yield
-    del model.next_gate
+    for hook in hooks:
+        hook.remove()
+
+
+def set_gate(model, gate, threshold):
+    """Change the gate design and the threshold of a trained model, each unless it is None."""
+    config = model.config
+    if gate and config.model != "tsa":
+        raise data.UserError(f"--gate does not apply to a {config.model} model")
+    config.gate = gate or config.gate
+    config.threshold = config.threshold if threshold is None else threshold
 
 
 @torch.inference_mode()
@@ -58,7 +71,7 @@ def losses_by_block(model, windows):
     """The mean loss of a halting model after each block, if every token runs it (L values)."""
     total = 0
     for x, y in zip(*(tokens.split(64) for tokens in windows)):
-        total = total + torch.stack([token_loss(model.head(model.ln_f(h)), y).sum() for h, _, _ in model.run_all(x)])
+        total = total + torch.stack([token_loss(model.head(model.ln_f(h)), y).sum() for h in model.run_all(x)[0]])
     return (total / (windows[1] >= 0).sum()).tolist()
 
 
@@ -129,9 +142,9 @@ def draw_histogram(gates, path):
     figure.savefig(path, format="svg", metadata={"Date": None})
 
 
-@user_errors()
+@one_line()
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="report.depth", description="Score a trained model.")
+    parser = Parser(prog="report.depth", description="Score a trained model.")
     parser.add_argument("ckpt", type=Path, help="checkpoint from train.py")
     parser.add_argument("--gate", choices=GATES, help="gate design (default: the checkpoint's)")
     parser.add_argument("--threshold", type=SHARE, nargs="+", help="thresholds (default: the checkpoint's)")
@@ -144,9 +157,7 @@ def main(argv=None):
         VARIANTS[args.variant]()
     device = pick_device(args.device)
     model, saved = load_checkpoint(args.ckpt)
-    if args.gate and model.config.model != "tsa":
-        raise ValueError(f"--gate does not apply to {args.ckpt}, a {model.config.model} model")
-    model.to(device).config.gate = args.gate or model.config.gate
+    set_gate(model.to(device), args.gate, None)
     corpus = data.load(saved["flags"]["data"])
     windows = [tokens.to(device) for tokens in corpus.windows(args.split, model.config.block_size)]
     if args.histogram:

@@ -1,41 +1,62 @@
 """
 Collect finished runs: python -m report.plot out --csv report/results.csv --svg report/frontier.svg
 
-Read every result.json under the folders, and the scores.json of report.depth beside it. Folders are named
-FAMILY-NAME-s0, -s1, ... for runs that differ only in their seed. Print means and standard deviations over the seeds,
-then each model against plain models of equal multiply-adds: the losses of plain models with the same seed are
-interpolated to the multiply-adds that the model saved. Rows named `several` are models trained with halting's losses
-at every block (--model halt --lam 0) but run as plain ones. The plot shows the loss against the multiply-adds saved.
-With --rows, read the rows of a csv file as well.
+Read every result.json under the folders, and the scores.json of report.depth beside it; with --rows, read the rows of a
+csv file as well. Folders are named FAMILY-NAME-s0, -s1, ... for runs that differ only in their seed. What each row
+saved is counted anew from `ran`, the shares of tokens that ran each block, relative to the family's plain model.
+
+Print means and standard deviations over the seeds, then the comparison with plain models of equal multiply-adds: the
+losses of plain models with the same seed are interpolated to the multiply-adds that the model saved. Rows named
+`several` are halting models trained with lambda 0, but counted as plain models: their loss is that of the full pass.
+The plot shows the loss against the multiply-adds saved.
 """
-import argparse
 import csv
 import json
 import re
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from train import user_errors
+from data import UserError
+from report.variants import VARIANTS
+from train import Parser, one_line
+from tsa import Config, savings
 
-COLUMNS = ("family", "run", "split", "model", "gate", "n_layer", "lam", "threshold", "variant", "gate_bias", "seed",
+SIZES = ("n_layer", "n_embd", "block_size", "vocab_size")
+COLUMNS = ("family", "run", "split", "model", "gate", *SIZES, "lam", "threshold", "variant", "gate_bias", "seed",
            "val_loss", "val_loss_sparse", "tlops_saved", "macs_saved", "accuracy", "permuted", "permuted_sparse", "ran",
            "gates", "by_block", "hops", "n_params", "device", "dtype", "torch", "seconds", "commit")
-LAYERS = {"deep": 12, "rate": 12, "twelve": 12}     # layers of the plain model of a family, elsewhere 6
+LAYERS = {"deep": 12, "long": 12, "rate": 12, "twelve": 12}         # layers of a family's plain model, elsewhere 6
+LENGTHS = {"copy": 42, "sort": 42}                  # tokens per sequence, elsewhere block_size
 SCORES = ("val_loss", "val_loss_sparse", "tlops_saved", "macs_saved")
-T_95 = {2: 12.706, 3: 4.303, 6: 2.571}              # number of seeds: 97.5% quantile of Student's t
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 9: 2.306}        # seeds: 97.5% quantile of Student's t
 
 
 def is_plain(row):
     return row["model"] == "plain" or "several" in row["run"]
 
 
-def fewer_layers(config, n, L):
+def fewer_layers(config, n, L, T=None):
     """The share of multiply-adds that a plain model of n layers saves relative to one of L layers (see tsa.savings)."""
-    C, T = config.n_embd, config.block_size
+    C, T = config.n_embd, T or config.block_size
     layer, head = 12 * C * C + T * C, C * config.vocab_size
     return (L - n) * layer / (L * layer + head)
+
+
+def count(row):
+    """Add to a row what it saved relative to the plain model of its family, counted from `ran`."""
+    config = Config(model=row["model"], **{name: int(row[name]) for name in SIZES})
+    ran, n = row["ran"], config.n_layer
+    if is_plain(row):
+        config, ran, row["val_loss_sparse"] = replace(config, model="plain"), [1] * n, row["val_loss"]
+    if row["model"] == "plain":
+        row["threshold"] = None
+    L, T = LAYERS.get(row["family"], 6), LENGTHS.get(row["family"])
+    tlops, macs = savings(config, ran, T)
+    row["tlops_saved"] = 1 - (1 - tlops) * n / L
+    row["macs_saved"] = 1 - (1 - macs) * (1 - fewer_layers(config, n, L, T))
 
 
 def read_rows(folders, commit):
@@ -44,20 +65,18 @@ def read_rows(folders, commit):
     for path in sorted(path for folder in folders for path in Path(folder).rglob("result.json")):
         result = json.loads(path.read_text("utf-8"))
         name = path.parent.name
-        result |= {"run": name, "family": name.partition("-")[0], "split": "val", "variant": "", "commit": commit}
+        variant = next((variant for variant in VARIANTS if f"-{variant}-" in name), "")     # that it was trained with
+        result |= {"run": name, "family": name.partition("-")[0], "split": "val", "variant": variant, "commit": commit}
         rows.append(result)
         scores = path.with_name("scores.json")
         for score in json.loads(scores.read_text("utf-8")) if scores.exists() else []:
+            score["variant"] = score["variant"] or variant
             if all(score[key] == result.get(key, score[key]) for key in ("split", "gate", "threshold", "variant")):
                 result |= score
             else:
                 rows.append(result | score)
-    for row in rows:        # relative to the family's plain model with all layers
-        L, n = LAYERS.get(row["family"], 6), row["n_layer"]
-        if is_plain(row):
-            row |= {"tlops_saved": 0.0, "macs_saved": 0.0, "val_loss_sparse": row["val_loss"]}
-        row["tlops_saved"] = 1 - (1 - row["tlops_saved"]) * n / L
-        row["macs_saved"] = 1 - (1 - row["macs_saved"]) * (1 - fewer_layers(argparse.Namespace(**row), n, L))
+    for row in rows:
+        count(row)
     return rows
 
 
@@ -68,6 +87,8 @@ def read_csv(path):
     for row in rows:
         row |= {"seed": int(row["seed"]), "gate": row["gate"] or None, "threshold": row["threshold"] or None}
         row |= {name: float(row[name]) for name in (*SCORES, "threshold") if row[name]}
+        row["ran"] = json.loads(row["ran"])
+        count(row)
     return rows
 
 
@@ -94,8 +115,9 @@ def summarize(rows):
 
 def against_plain(line, rows, reference="plain"):
     """
-    The differences, by seed, of a line's sparse loss from the reference models of equal multiply-adds; seeds without a
-    reference that saves at least as much are left out.
+    The differences, by seed, of a line's sparse loss from the reference models of equal multiply-adds. A model that
+    saves nothing is compared with the plain model itself. Seeds without a reference that saves at least as much are
+    left out.
     """
     differences = []
     for row in line["rows"]:
@@ -132,9 +154,9 @@ def draw(summary, path):
     figure.savefig(path, format="svg", metadata={"Date": None})
 
 
-@user_errors()
+@one_line()
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="report.plot", description="Collect finished runs.")
+    parser = Parser(prog="report.plot", description="Collect finished runs.")
     parser.add_argument("folders", nargs="*", help="folders of runs, searched recursively")
     parser.add_argument("--rows", type=Path, help="csv file whose rows are read, too")
     parser.add_argument("--pool", nargs=2, metavar=("FAMILY", "INTO"), help="count one family's seeds as another's")
@@ -151,7 +173,7 @@ def main(argv=None):
             row["run"] = re.sub(f"^{args.pool[0]}-", f"{args.pool[1]}-", row["run"])
             row["family"] = row["run"].partition("-")[0]
     if not rows:
-        raise ValueError(f"no finished run (result.json) under {', '.join(args.folders)}")
+        raise UserError(f"no finished run (result.json) under {', '.join(args.folders)}")
     summary = summarize(rows)
     for line in summary:
         name = "{name:32} {split:4} {gate!s:8} {threshold!s:4} {variant:12} n={n}".format(**line)
@@ -164,7 +186,7 @@ def main(argv=None):
             by_seed = [] if line["model"] in ("plain", reference) else against_plain(line, rows, reference)
             if by_seed:
                 half = T_95.get(len(by_seed), float("nan")) * np.std(by_seed, ddof=min(1, len(by_seed) - 1))
-                print("{name:32} {split:4} {gate!s:8} {threshold!s:4} ".format(**line),
+                print("{name:32} {split:4} {gate!s:8} {threshold!s:4} ".format(**line), f"n={len(by_seed)} ",
                       f"{np.mean(by_seed):+.4f} ± {half / len(by_seed) ** 0.5:.4f} ",
                       *(f"{difference:+.4f}" for difference in by_seed))
     if args.csv:

@@ -1,14 +1,13 @@
 """
 Train a modified model, as for many rows of report/README.md:
 
-    python -m report.variants stretch --data chain --lam 0.03       # a gate design; train.py's flags follow
+    python -m report.variants straight --data chain --lam 0.01      # a gate design; train.py's flags follow
     python -m report.variants exit-heavy --model exit               # another change
     python -m report.variants straight --init_from out/tsa-1/ckpt.pt --max_iters 400 --learning_rate 5e-4
 
 --init_from starts from the weights of a checkpoint. To continue a run, use `python -m report.variants NAME --resume
 DIR`, because train.py would drop the change. Importing this file only adds the gate designs.
 """
-import argparse
 import functools
 
 import torch
@@ -25,10 +24,6 @@ def straight(p, threshold):
     scale = 1 - p
     return binary(p, threshold) + (scale - scale.detach())      # the difference is 0 in the forward pass
 
-def stretch(p, threshold):
-    """A scale with exact zeros and ones: the hard-concrete gate without noise (Louizos et al. 2018, 1712.01312)."""
-    return (1.4 * (1 - p) - 0.2).clamp(0, 1)
-
 # Inference gates that take thresholding apart: only rounding gates up, only closing gates, or running every block.
 
 def round_up(p, threshold):
@@ -37,8 +32,7 @@ def round_up(p, threshold):
 def ones(p, threshold):
     return torch.ones_like(p)
 
-GATES |= {"straight": (straight, binary), "stretch": (stretch, stretch), "round-up": (soft, round_up),
-          "close": (soft, skip), "ones": (soft, ones)}
+GATES |= {"straight": (straight, binary), "round-up": (soft, round_up), "close": (soft, skip), "ones": (soft, ones)}
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -79,9 +73,9 @@ VARIANTS = {"same": same, "constant": constant, "shares.4": functools.partial(sh
             "exit-heavy": exit_heavy}
 
 
-@train.user_errors()
+@train.one_line()
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="report.variants", description="Train a modified model.", allow_abbrev=False)
+    parser = train.Parser(prog="report.variants", description="Train a modified model.", allow_abbrev=False)
     parser.add_argument("name", choices=[*GATES, *VARIANTS], help="gate design or other change")
     parser.add_argument("--init_from", help="checkpoint whose weights the run starts from")
     args, flags = parser.parse_known_args(argv)
