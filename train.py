@@ -135,7 +135,7 @@ def save_checkpoint(run, model, optimizer, out_dir):
 # Flags
 
 class Parser(argparse.ArgumentParser):
-    """Reports a mistake as a UserError, so in one line."""
+    """Raises UserError for a mistake, so that it is printed as one line, like all others."""
 
     def error(self, message):
         raise UserError(message)
@@ -194,8 +194,7 @@ TASKS = {"copy": COPY, "sort": COPY, "chain": CHAIN}        # what replaces the 
 def parse_flags(argv):
     """Return the flags of a new run as a dictionary; with --resume, only those given."""
     parser = Parser(prog="train.py", usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS, allow_abbrev=False,
-                    description="Train and evaluate a model. Savings are relative to a plain model with as many "
-                                "layers.")
+                    description="Train and evaluate a model. Savings are relative to a plain model of the same depth.")
     parser.add_argument("--resume", metavar="DIR", help="continue the run in DIR; only --device can be changed")
     for name, (default, kind, text) in FLAGS.items():
         values = [] if default is None else [str(default)]
@@ -275,14 +274,13 @@ def keep_freed_memory():
 
 
 def load_checkpoint(path):
-    """Return the model of a ckpt.pt, in eval mode on the CPU, and the saved dictionary."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        config, state = Config(**saved["config"]), saved["model"]
-    except OSError:
-        raise
-    except Exception:       # torch raises many kinds, and its own message recommends an unsafe load
-        raise UserError(f"{path} is damaged or was not written by this version of train.py") from None
+    """Return the model of a ckpt.pt, in eval mode on the CPU, and the saved dictionary. Raise OSError or UserError."""
+    with open(path, "rb") as file:
+        try:
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+            config, state = Config(**saved["config"]), saved["model"]
+        except Exception:       # torch raises many kinds, and its own message recommends an unsafe load
+            raise UserError(f"{path} is damaged or was not written by this version of train.py") from None
     if config.model not in MODELS or config.gate not in GATES:
         raise UserError(f"{path}: there is no model {config.model!r} with gate {config.gate!r} in tsa.py")
     model = MODELS[config.model](config)
@@ -304,11 +302,12 @@ def new_folder(out_dir, model):
 def main(argv=None):
     # The flags, and the checkpoint of a run to resume
     keep_freed_memory()
-    given = parse_flags(argv)
-    run = None
+    given, run = parse_flags(argv), None
     if "resume" in given:
         out_dir = Path(given.pop("resume"))
         model, run = load_checkpoint(out_dir / "ckpt.pt")
+        if "optimizer" not in run:
+            raise UserError(f"{out_dir / 'ckpt.pt'} cannot be resumed: it holds no optimizer state")
         given = run["flags"] | given
     args = argparse.Namespace(**given)
     args.device = pick_device(args.device)

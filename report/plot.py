@@ -28,7 +28,7 @@ SIZES = ("n_layer", "n_embd", "block_size", "vocab_size")
 COLUMNS = ("family", "run", "split", "model", "gate", *SIZES, "lam", "threshold", "variant", "gate_bias", "seed",
            "val_loss", "val_loss_sparse", "tlops_saved", "macs_saved", "accuracy", "permuted", "permuted_sparse", "ran",
            "gates", "by_block", "hops", "n_params", "device", "dtype", "torch", "seconds", "commit")
-LAYERS = {"deep": 12, "long": 12, "rate": 12, "twelve": 12}         # layers of a family's plain model, elsewhere 6
+LAYERS = {"deep": 12, "drop": 12, "long": 12, "rate": 12, "twelve": 12}     # of a family's plain model, elsewhere 6
 LENGTHS = {"copy": 42, "sort": 42}                  # tokens per sequence, elsewhere block_size
 SCORES = ("val_loss", "val_loss_sparse", "tlops_saved", "macs_saved")
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 9: 2.306}        # seeds: 97.5% quantile of Student's t
@@ -133,14 +133,15 @@ def draw(summary, path):
     from matplotlib.figure import Figure        # only the figures of report/ need matplotlib
     families = {"shakespeare": "Shakespeare, 6 layers", "deep": "Python, 12 layers"}
     styles = {"plain": ("plain", "C0"), "halt": ("halting", "C1"), "exit": ("early exit", "C2"),
-              "tsa skip": ("skip", "C4"), "several": ("loss after every block", "C3")}
+              "tsa skip": ("skip", "C4"), "tsa stretch": ("stretch", "C5"),
+              "several": ("loss after every block", "C3")}
     figure, legend = Figure(figsize=(5 * len(families), 4), layout="constrained"), {}
     for axes, (family, title) in zip(figure.subplots(1, len(families), squeeze=False)[0], families.items()):
         curves = {}
         for line in summary:
             name = f"{line['model']} {line['gate'] or ''}".strip()
-            is_drawn = re.search(r"-(plain\d+|several\d+|tsa|exit|halt-lam0.03)$", line["name"]) and name in styles
-            if line["family"] == family and line["split"] == "val" and is_drawn and line["n"] > 1:
+            is_drawn = re.search(r"-(plain\d+|several\d+|tsa|stretch|exit|halt-lam0.03)$", line["name"])
+            if line["family"] == family and line["split"] == "val" and is_drawn and line["n"] > 1 and name in styles:
                 curves.setdefault(name, []).append((100 * line["macs_saved"][0], *line["val_loss_sparse"]))
         for name, points in curves.items():
             saved, loss, spread = zip(*points)

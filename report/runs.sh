@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# The runs and figures behind README.md and report/README.md. Run this script from the repository's root: it skips what
-# is finished and resumes what was interrupted. With OMP_NUM_THREADS=1 on one core, a laptop run takes about 6 minutes,
-# one with 12 layers 10, a chain run 2, and one of the paper's size 2 to 3 hours. The tables say which seeds have been
-# run, and the column `commit` of results.csv with which code.
+# The runs, figures and checkpoints behind README.md and report/README.md. Run this script from the repository's root:
+# it skips what is finished and resumes what was interrupted. With OMP_NUM_THREADS=1 on one core, a laptop run takes 5
+# to 10 minutes, one with 12 layers 7 to 18 (with three times the steps, up to 60), a chain run 2, and one of the
+# paper's size 1 to 3 hours. The tables say which seeds have been run, and the column `commit` of results.csv with which
+# code.
 set -eu
 into() {    # into NAME PROGRAM FLAGS...: one seed of a run, in out/NAME-s$seed
     local folder=out/$1-s$seed
@@ -15,7 +16,7 @@ into() {    # into NAME PROGRAM FLAGS...: one seed of a run, in out/NAME-s$seed
             *) python -m $1 $2 --resume "$folder" ;;            # report.variants NAME
         esac
     else
-        rm -rf "$folder"        # of a run that was interrupted before its first checkpoint
+        rm -rf "$folder"        # of a run that was killed before it had saved anything
         python -m "$@" --device cpu --dtype bfloat16 --seed $seed --out_dir "$folder"
     fi
 }
@@ -30,7 +31,7 @@ for seed in 0 1 2; do
     run chain-exit --data chain --model exit
     for lam in 0.03 0.05; do run chain-halt-lam$lam --data chain --model halt --lam $lam; done
     variant chain-straight straight --data chain --lam 0.01
-    for lam in 0.03 0.1; do variant chain-stretch-lam$lam stretch --data chain --lam $lam; done
+    for lam in 0.03 0.1; do run chain-stretch-lam$lam --data chain --gate stretch --lam $lam; done
     for n in 3 4; do run chain-halt$n --data chain --model halt --n_layer $n; done
 
     # Copy and sort
@@ -53,13 +54,22 @@ for seed in 0 1 2; do
     variant shakespeare-straight straight --data shakespeare --lam 0.01
 
     # Python, 12 layers
-    deep="--data stdlib --learning_rate 3e-3 --warmup_iters 300"
-    for n in 6 9 10 12; do run deep-plain$n $deep --model plain --n_layer $n; done
-    run deep-halt-lam0.03 $deep --model halt --n_layer 12
-    for n in 8 10 12; do run deep-several$n $deep --model halt --lam 0 --n_layer $n; done
-    run deep-tsa $deep --n_layer 12
-    variant deep-exit-heavy exit-heavy $deep --model exit --n_layer 12
+    for n in 6 9 10 12; do run deep-plain$n --preset deep --model plain --n_layer $n; done
+    run deep-halt-lam0.03 --preset deep --model halt
+    for n in 8 10 12; do run deep-several$n --preset deep --model halt --lam 0 --n_layer $n; done
+    run deep-tsa --preset deep --gate skip --threshold 0.9      # trained as with the paper's gate
+    run deep-stretch --preset deep --gate stretch
+    variant deep-exit-heavy exit-heavy --preset deep --model exit
 done
+
+# Python, 12 layers, three times as long; and with dropout
+seed=0
+long="--preset deep --max_iters 7200 --eval_interval 600"
+for n in 9 12; do run long-plain$n $long --model plain --n_layer $n; done
+run long-tsa $long --gate skip --threshold 0.9
+variant long-constant constant $long
+run drop-plain12 $long --dropout 0.1 --model plain
+run drop-tsa $long --dropout 0.1 --gate skip --threshold 0.9
 
 # Shakespeare, seeds that no setting was chosen on; then fine-tuning with switches, and plain models for as many steps
 for seed in 3 4 5; do
@@ -86,11 +96,11 @@ for flags in "4e-3 300" "3e-3 600"; do
 done
 
 # Other settings, one seed
-for lr in 1e-3 2e-3; do run shakespeare-lr$lr --data shakespeare --model plain --learning_rate $lr; done
+run shakespeare-lr2e-3 --data shakespeare --model plain --learning_rate 2e-3
 twelve="--data shakespeare --learning_rate 3e-3 --warmup_iters 300"
 for n in 6 9 12; do run twelve-plain$n $twelve --model plain --n_layer $n; done
 run twelve-halt-lam0.03 $twelve --model halt --n_layer 12
-for lam in 0.015 0.045; do run deep-halt-lam$lam $deep --model halt --lam $lam --n_layer 12; done
+for lam in 0.015 0.045; do run deep-halt-lam$lam --preset deep --model halt --lam $lam; done
 run shakespeare-tsa-lam0 --data shakespeare --lam 0
 run shakespeare-tsa-lam0.05 --data shakespeare --lam 0.05
 run shakespeare-tsa-bias-3 --data shakespeare --gate_bias -3
@@ -119,36 +129,45 @@ for lam in 0.01 0.03; do variant paper-straight-from-tsa-lam$lam straight $tune 
 for folder in out/{shakespeare,stdlib}-tsa-s? out/shakespeare-tsa-lam*-s0; do
     score $folder/ckpt.pt --gate skip --threshold 0.9
 done
-for folder in out/{shakespeare,stdlib}-exit-s?; do score $folder/ckpt.pt --threshold .75; done
-for folder in out/{shakespeare,stdlib}-exit-heavy-s?; do score $folder/ckpt.pt --threshold .8 .75; done
+for folder in out/{shakespeare,stdlib}-exit-s? out/{shakespeare,stdlib}-exit-heavy-s?; do
+    score $folder/ckpt.pt --threshold .75
+done
 for folder in out/{copy,sort}-*; do score $folder/ckpt.pt; done
-score out/shakespeare-exit-s0/ckpt.pt --threshold .99 .95 .9 .85 .8 .7 .65 .6 .55 .5 .4 .3
+score out/shakespeare-exit-s0/ckpt.pt --threshold .6 .55
 score out/paper-exit-s0/ckpt.pt --threshold .95 .8
 for folder in out/chain-*; do score $folder/ckpt.pt; done
 for folder in out/chain-tsa-s?; do score $folder/ckpt.pt --gate skip --threshold 0.8 0.9 0.95; done
-for folder in out/chain-exit-s?; do score $folder/ckpt.pt --variant exit-nofloor --threshold .9 .99; done
+for folder in out/chain-exit-s?; do score $folder/ckpt.pt --variant exit-nofloor; done
 for folder in out/deep-halt-lam0.03-s?; do score $folder/ckpt.pt --threshold 0.8; done
-for folder in out/deep-tsa-s?; do score $folder/ckpt.pt --gate skip --threshold 0.9; done
+for folder in out/deep-tsa-s? out/long-tsa-s0; do
+    score $folder/ckpt.pt
+    score $folder/ckpt.pt --gate soft --threshold 0.5
+done
+for folder in out/deep-stretch-s?; do score $folder/ckpt.pt; done
+score out/long-constant-s0/ckpt.pt --variant constant --gate skip --threshold 0.9
 for folder in out/fresh-tsa-s?; do
     for gate in ones close round-up; do score $folder/ckpt.pt --gate $gate --threshold 0.5; done
     score $folder/ckpt.pt --threshold .4 .6 .7 .8
 done
 for folder in out/paper-tsa-s?; do score $folder/ckpt.pt --gate skip --threshold 0.7 0.9; done
 for gate in ones close round-up; do score out/paper-tsa-s0/ckpt.pt --gate $gate --threshold 0.5; done
-score out/paper-tsa-s0/ckpt.pt --threshold .3 .4 .6 .7 .8 .9
+score out/paper-tsa-s0/ckpt.pt --threshold .4 .6 .7 .8
 for folder in out/{shakespeare,paper}-halt-lam0.03-s?; do score $folder/ckpt.pt; done     # the loss after each block
+for folder in out/paper-halt-lam0.03-s?; do score $folder/ckpt.pt --threshold 0.2; done
 
 # The test split, once, after all choices had been made on the validation split
-for folder in out/{shakespeare,stdlib,fresh}-{plain4,plain5,plain6,halt-lam0.03}-s? out/{shakespeare,stdlib}-tsa-s?; do
+for folder in out/{shakespeare,stdlib,fresh}-{plain4,plain5,plain6,halt-lam0.03}-s? out/shakespeare-tsa-s?; do
     score $folder/ckpt.pt --split test
 done
 for folder in out/deep-{plain{6,9,10,12},several{8,10,12},halt-lam0.03}-s?; do score $folder/ckpt.pt --split test; done
 for folder in out/deep-halt-lam0.03-s?; do score $folder/ckpt.pt --split test --threshold 0.8; done
-for folder in out/deep-tsa-s?; do score $folder/ckpt.pt --split test --gate skip --threshold 0.9; done
+for folder in out/deep-{tsa,stretch}-s? out/{long,drop}-{plain12,tsa}-s0 out/long-plain9-s0; do
+    score $folder/ckpt.pt --split test
+done
+score out/long-constant-s0/ckpt.pt --variant constant --split test
 for folder in out/{shakespeare,stdlib}-tsa-s?; do
     score $folder/ckpt.pt --split test --gate skip --threshold 0.9
 done
-for folder in out/{shakespeare,stdlib}-exit-s?; do score $folder/ckpt.pt --split test --threshold 0.75; done
 for folder in out/paper-halt-lam0.03-s?; do score $folder/ckpt.pt --split test; done
 
 # Tables and figures
@@ -156,7 +175,7 @@ python -m report.plot out --commit "$(git rev-parse --short HEAD)" --csv report/
 python -m report.depth out/paper-tsa-s0/ckpt.pt --histogram report/gates.svg
 
 # The checkpoints that come with the code: half precision, without the optimizer's state
-ship() {
+ship() {    # ship FROM TO
     python - "$1" "$2" <<END
 import sys, torch
 saved = torch.load(sys.argv[1], weights_only=True)
@@ -167,11 +186,13 @@ END
 }
 ship out/chain-halt-lam0.03-s0/ckpt.pt report/chain-halt.pt
 ship out/chain-tsa-s0/ckpt.pt report/chain-tsa.pt
-ship out/shakespeare-halt-lam0.03-s0/ckpt.pt report/text-halt.pt
+ship out/deep-tsa-s0/ckpt.pt report/python-skip.pt
+line="    def __init__(self, name, value):"
+python -m report.screenshot report/map.svg sample.py report/python-skip.pt --map --prompt "$line"
 
 # Timings
 rm -f report/clock.csv      # clock.py appends
 python -m report.clock --out report/clock.csv
-for ckpt in report/chain-halt.pt report/text-halt.pt out/deep-halt-lam0.03-s0/ckpt.pt; do
-    python -m report.clock $ckpt --out report/clock.csv
-done
+python -m report.clock report/chain-halt.pt --out report/clock.csv
+python -m report.clock report/python-skip.pt --layers 12 10 9 --out report/clock.csv
+python -m report.clock out/deep-stretch-s0/ckpt.pt --layers 12 9 --out report/clock.csv

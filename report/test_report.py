@@ -338,7 +338,7 @@ def test_savings_are_counted_from_what_ran_relative_to_the_familys_plain_model(t
     task = row("copy-tsa-s0", 0.5, 1.0, model="exit", **sizes)
     plot.count(task)        # the sequences of copy and sort have only 42 tokens
     assert task["macs_saved"] == tsa.savings(Config(model="exit", n_embd=128, vocab_size=32), [0.5] * 6, T=42)[1]
-    assert plot.LAYERS == {"deep": 12, "long": 12, "rate": 12, "twelve": 12}
+    assert plot.LAYERS == {"deep": 12, "drop": 12, "long": 12, "rate": 12, "twelve": 12}
     assert run_train("--model", "plain", "--max_iters", 1) == 0         # scored again, it is still one row
     assert run(depth, tmp_path / "run" / "ckpt.pt", "--device", "cpu") == 0
     assert len(plot.read_rows([tmp_path / "run"], "")) == 1
