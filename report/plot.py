@@ -129,6 +129,13 @@ def against_plain(line, rows, reference="plain"):
     return differences
 
 
+def interval(differences):
+    """The mean of differences by seed, and the half-width of its 95% interval (nan for a single seed)."""
+    n = len(differences)
+    half = T_95[n] * statistics.stdev(differences) / n ** 0.5 if n > 1 else float("nan")
+    return statistics.mean(differences), half
+
+
 def draw(summary, path):
     from matplotlib.figure import Figure        # only the figures of report/ need matplotlib
     families = {"shakespeare": "Shakespeare, 6 layers", "deep": "Python, 12 layers"}
@@ -186,9 +193,8 @@ def main(argv=None):
         for line in summary:
             by_seed = [] if line["model"] in ("plain", reference) else against_plain(line, rows, reference)
             if by_seed:
-                half = T_95.get(len(by_seed), float("nan")) * np.std(by_seed, ddof=min(1, len(by_seed) - 1))
                 print("{name:32} {split:4} {gate!s:8} {threshold!s:4} ".format(**line), f"n={len(by_seed)} ",
-                      f"{np.mean(by_seed):+.4f} ± {half / len(by_seed) ** 0.5:.4f} ",
+                      "{:+.4f} ± {:.4f} ".format(*interval(by_seed)),
                       *(f"{difference:+.4f}" for difference in by_seed))
     if args.csv:
         with open(args.csv, "w", newline="", encoding="utf-8") as file:

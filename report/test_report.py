@@ -319,6 +319,48 @@ def test_models_are_compared_at_equal_multiply_adds_with_their_own_seed(tmp_path
     assert re.search(r"a-several5 .* n=2  \+0.0750 ± 1.588[23]  -0.0500 \+0.2000", out)  # 12.706 · 0.177 / 2 ** .5
 
 
+def test_numbers_on_the_pages_are_those_of_results_csv():
+    """A table that drifts away from its rows costs a reader's trust: some 300 cells are looked up here."""
+    rows = plot.read_csv(HERE / "report" / "results.csv")
+    six = [row for row in rows if row["family"] in ("fresh", "shakespeare")]        # once more, pooled
+    rows += [row | {"family": "six", "run": row["run"].replace(row["family"], "six")} for row in six]
+    cells, ours = {f"{100 * row['tlops_saved']:.1f} / {row['macs_saved']:.1%}" for row in rows}, {}
+    for line in plot.summarize(rows):
+        ours[line["name"], line["split"], line["gate"], line["threshold"], line["variant"]] = line
+        cells |= {"{:.4f} ± {:.4f}".format(*line[score]) for score in ("val_loss", "val_loss_sparse")}
+        cells.add(f"{100 * line['tlops_saved'][0]:.1f} / {line['macs_saved'][0]:.1%}")
+        for reference in ("plain", "several"):
+            line[reference] = plot.against_plain(line, rows, reference)
+            if len(line[reference]) > 1:
+                cells.add("{:+.4f} ± {:.4f}".format(*plot.interval(line[reference])))
+    for text in ("shakespeare", "stdlib"):
+        pair = (ours[f"{text}-{name}", "val", "soft", 0.5, name.replace("tsa", "")] for name in ("constant", "tsa"))
+        pair = zip(*([row["val_loss"] for row in line["rows"]] for line in pair))
+        cells.add("{:+.4f} ± {:.4f}".format(*plot.interval([a - b for a, b in pair])))
+    for split in ("val", "test"):           # a loss after every block: the mean over 8, 10 and 12 layers in each seed
+        seeds = zip(*(ours[f"deep-several{n}", split, None, 0.5, ""]["plain"] for n in (8, 10, 12)))
+        cells.add("{:+.4f} ± {:.4f}".format(*plot.interval([sum(seed) / 3 for seed in seeds])))
+    report = " ".join((HERE / "report" / "README.md").read_text(encoding="utf-8").split())
+    found = set(re.findall(r"[+-]?\d\.\d{4} ± \d\.\d{4}|-?\d+\.\d / -?\d+\.\d%", report))
+    assert len(found) > 150 and not found - cells, found - cells
+
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    for name, gate, threshold in [("shakespeare-plain6", None, None), ("shakespeare-tsa", "skip", 0.9),
+                                  ("shakespeare-halt-lam0.03", None, 0.5), ("deep-plain12", None, None),
+                                  ("deep-tsa", "skip", 0.9), ("deep-stretch", "stretch", 0.5),
+                                  ("deep-halt-lam0.03", None, 0.5), ("deep-several10", None, 0.5)]:
+        line = ours[name, "val", gate, threshold, ""]
+        saved = ""
+        if "plain" not in name:
+            saved = "{:.0%} | {:+.3f} ± {:.3f}".format(line["macs_saved"][0], *plot.interval(line["plain"]))
+        assert f" | {line['val_loss_sparse'][0]:.3f} | {saved}" in readme, name
+    for name, gate, threshold in [("chain-straight", "straight", 0.5), ("chain-exit", None, 0.9),
+                                  ("chain-plain3", None, None), ("chain-stretch-lam0.1", "stretch", 0.5),
+                                  ("chain-halt-lam0.03", None, 0.5), ("chain-halt3", None, 0.5)]:
+        line = ours[name, "val", gate, threshold, ""]
+        assert f" | {line['macs_saved'][0]:.1%} | {line['val_loss_sparse'][0]:.4f}\n" in readme, name
+
+
 def test_savings_are_counted_from_what_ran_relative_to_the_familys_plain_model(tmp_path, run_train):    # noqa: F811
     """A saving printed by an older version, or relative to another depth, must not get into the tables."""
     layer, head, routers = 12 * 128 ** 2 + 64 * 128, 128 * 65, 2 * 129 * 32
