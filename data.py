@@ -82,7 +82,7 @@ def encode(text, vocab):
 
 
 def fetch(name):
-    """Return the path of a corpus file, downloaded if needed. Raise OSError or UserError if it cannot be had."""
+    """Return the path of a corpus file, downloaded if needed. Raise OSError or UserError on failure."""
     file_name, url, sha256 = FILES[name]
     path = FOLDER / file_name
     if not path.exists():
@@ -100,7 +100,7 @@ def fetch(name):
 
 
 def shakespeare_or_stdlib():
-    """Return the name of the text for --data auto: without internet, that is Python's standard library."""
+    """Return the name of the text for --data auto: Python's standard library if there is no internet."""
     try:
         fetch("shakespeare")
         return "shakespeare"
@@ -121,7 +121,7 @@ def text_data(text, split=None):
 
 
 def task_data(vocab, idx, targets, prompt_length, example):
-    """idx, targets (n, T) -> Data. The last VAL sequences are for validation, number `example` of them to show."""
+    """idx, targets (n, T) -> Data. The last VAL sequences are for validation; `example` picks the one to show."""
     pairs = torch.from_numpy(np.stack([idx, targets], axis=1).astype(np.int32))            # (n, 2, T)
     train, val = pairs[:-VAL], pairs[-VAL:]
     text = "".join(vocab[i] for i in val[example, 0])

@@ -3,7 +3,7 @@ Inspect a trained model:
 
     python sample.py                            generate text; in a terminal, colors show how many blocks ran
     python sample.py --map                      show what the model would predict for each token after each block
-    python sample.py report/chain-halt.pt       the same for a chain
+    python sample.py report/chain-halt.pt       show a map of a chain, with the correct answers
 """
 import argparse
 import os
@@ -18,8 +18,8 @@ import data
 from train import COUNT, Parser, between, load_checkpoint, one_line, pick_device
 from tsa import generate, savings
 
-SHIPPED = Path(__file__).resolve().parent / "report" / "text-halt.pt"
-BLUES = (195, 153, 117, 75, 39)         # terminal backgrounds for open gates, from near 0 (pale) to 1 (deep)
+SHIPPED = Path(__file__).resolve().parent / "report" / "python-skip.pt"
+BLUES = (195, 153, 75, 33)              # terminal backgrounds for open gates, from near 0 (pale) to 1 (deep)
 
 
 def is_colored():
@@ -114,7 +114,7 @@ def main(argv=None):
     model.to(pick_device(args.device))
     config, vocab = model.config, saved["vocab"]
     is_chain = saved["flags"]["data"] == "chain"
-    shows_map = args.map or is_chain            # a chain has nothing to generate
+    shows_map = args.map or is_chain            # a chain has no continuation
     sparse = (config.model, config.gate) != ("tsa", "soft") if args.sparse is None else args.sparse
 
     prompt = saved["example" if shows_map else "prompt"] if args.prompt is None else args.prompt

@@ -4,7 +4,7 @@ Train and evaluate a model:
     python train.py --data chain --model halt       every flag has a default; --help lists them
     python train.py --resume out/halt-1             continue an interrupted run
 
-Each step's random numbers depend only on (seed, step), so a resumed run equals one that was never interrupted (bit for
+Each step's random numbers depend only on (seed, step), so a resumed run matches one that was never interrupted (bit for
 bit on a CPU), and evaluation does not affect training.
 """
 import argparse
@@ -110,7 +110,7 @@ def train(model, optimizer, corpus, windows, args, run, out_dir):
 
         evaluates = step % args.eval_interval == 0 or step == args.max_iters
         if evaluates or step % LOG_INTERVAL == 0:
-            # A nan stays in the weights, so it is found here, too; checking every step would force a GPU sync.
+            # A nan persists in the weights, so this finds it later, too; checking every step would force a GPU sync.
             if not torch.isfinite(loss + norm):
                 raise UserError(f"the loss or its gradient was not finite (step {step} or shortly before): start a new "
                                 f"run with a lower --learning_rate")
@@ -154,7 +154,7 @@ def between(low, high):
 COUNT, SHARE = between(1, 10**9), between(0.0, 1.0)
 FLAGS = {       # name: (default, type or choices, help)
     "model": ("tsa", MODELS, "the plain transformer, the paper's model, early exit, or halting"),
-    "preset": ("laptop", ("laptop", "deep", "paper"), "size and training of the model; deep: 12 layers on stdlib"),
+    "preset": ("laptop", ("laptop", "deep", "paper"), "model size and training flags; deep: 12 layers on stdlib"),
     "data": ("auto", str, "shakespeare, enwik8, stdlib, copy, sort, chain, or the path of a UTF-8 text file; auto: "
                           "shakespeare, or stdlib if that cannot be downloaded"),
     "n_layer": (6, COUNT, "number of blocks"),
@@ -168,7 +168,7 @@ FLAGS = {       # name: (default, type or choices, help)
     "warmup_iters": (100, between(0, 10**9), "steps of linear warm-up"),
     "gate": (None, GATES, "gate design, from GATES in tsa.py"),
     "gate_bias": (None, between(-100.0, 100.0), "initial bias of the routers"),
-    "threshold": (None, SHARE, "skip or halt above this p, or exit above this confidence"),
+    "threshold": (None, SHARE, "skip or halt above this probability, or exit above this confidence"),
     "lam": (None, between(0.0, 1e6), "weight of the depth penalty in the loss"),
     "lam_ramp": (None, SHARE, "share of training over which lam rises from 0"),
     "seed": (0, between(0, 2**63 - 1), "random seed"),
@@ -257,8 +257,8 @@ def supports_bfloat16(device):
 def precision(device, dtype):
     """
     The context of a training step's forward pass. On a CPU in bfloat16, it uses the unfused attention kernel and lets
-    it accumulate in bfloat16 (the setting is named after CUDA, but applies to CPUs as well). On a CPU with AVX512-BF16,
-    a step of the laptop preset then takes 107 ms instead of 148.
+    it accumulate in bfloat16 (the setting is named after CUDA, but applies to CPUs as well): 107 ms a step instead of
+    148, with the laptop preset on a CPU with AVX512-BF16.
     """
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     unfused = sdpa_kernel(SDPBackend.MATH) if (device, dtype) == ("cpu", "bfloat16") else contextlib.nullcontext()
@@ -267,7 +267,7 @@ def precision(device, dtype):
 
 
 def keep_freed_memory():
-    """Let glibc keep freed memory for reuse. The same step then takes 107 ms instead of 127."""
+    """Let glibc keep freed memory for reuse: 107 ms a step instead of 127, with the laptop preset."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-4, 0)             # M_MMAP_MAX
         libc.mallopt(-1, 2**31 - 1)     # M_TRIM_THRESHOLD

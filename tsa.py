@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 @dataclass
 class Config:
-    """The hyperparameters of a model. The defaults are the paper's for Tiny-Shakespeare."""
+    """The hyperparameters of a model. These defaults are the paper's for Tiny-Shakespeare; train.py's are smaller."""
     model: str = "tsa"          # a name in MODELS
     gate: str = "soft"          # tsa: a name in GATES
     gate_bias: float = -1.0     # tsa, halt: initial b2 of equation (3); at -1 the gates start near 0.73
@@ -101,8 +101,8 @@ class Attention(nn.Module):
     def forward(self, h, kv, rows=None):
         """
         Queries come from h (B, T, C). kv (B, S, 2C) holds the keys and values of S tokens: those of h and, before them,
-        those in the KV cache, if there is one. Return (B, T, C). With `rows`, the indices (N,) and (N,) of the tokens
-        that run the block, only these get an output: (N, C).
+        those in the KV cache, if there is one. Return (B, T, C). If `rows` gives the indices (N,) and (N,) of the
+        tokens that run the block, only these get an output: (N, C).
         """
         B, T, C = h.shape
         q = self.query(h if rows is None else h[rows])
@@ -149,27 +149,26 @@ class Block(nn.Module):
         """
         h = self.ln1(x)
         kv = self.attn.key_value(h if source is None else self.ln1(source))                # (B, T, 2C)
-        if cache is not None:       # only in generate(); skip it at first reading
+        if cache is not None:       # only in generate(); ignore it on a first reading
             kv = cache.append(self.attn, kv)                                               # (B, S, 2C)
         if gate is None:
             x = x + self.attn(h, kv)
             return x + self.ffn(self.ln2(x))
 
-        rows, y = None, x           # rows: None means all tokens
         if sparse:
             assert not self.training, "call eval() first: with fewer rows, dropout would draw other random numbers"
             # For gates [[0, 1, 1], [1, 0, 0]], rows is ([0, 0, 1], [1, 2, 0]), and y is x[0, 1], x[0, 2], x[1, 0].
             rows = gate.nonzero(as_tuple=True)                                             # (N,) and (N,)
             if len(rows[0]) == 0:
                 return x
-            if len(rows[0]) == gate.numel():
-                rows = None         # gathering would only cost time
-            else:
-                y, gate = x[rows], gate[rows]                                              # gather: (N, C), (N,)
-        gate = gate.to(x.dtype).unsqueeze(-1)
-        y = y + gate * self.attn(h, kv, rows)                                              # equation (1)
-        y = y + gate * self.ffn(self.ln2(y))                                               # equation (2)
-        return y if rows is None else x.index_put(rows, y)                                 # scatter
+            if len(rows[0]) < gate.numel():
+                y, gate = x[rows], gate[rows].to(x.dtype).unsqueeze(-1)                    # gather: (N, C), (N, 1)
+                y = y + gate * self.attn(h, kv, rows)                                      # equation (1)
+                y = y + gate * self.ffn(self.ln2(y))                                       # equation (2)
+                return x.index_put(rows, y)                                                # scatter
+        gate = gate.to(x.dtype).unsqueeze(-1)                                              # (B, T, 1)
+        x = x + gate * self.attn(h, kv)                                                    # equation (1)
+        return x + gate * self.ffn(self.ln2(x))                                            # equation (2)
 
 
 def token_loss(logits, targets):
@@ -254,20 +253,20 @@ class Exit(Transformer):
 
     def __init__(self, config):
         super().__init__(config)
-        self.exit_norms = nn.ModuleList(nn.LayerNorm(config.n_embd) for _ in range(config.n_layer - 1))     # then ln_f
+        self.exit_norms = nn.ModuleList(nn.LayerNorm(config.n_embd) for _ in range(config.n_layer - 1))
 
     def forward(self, idx, sparse=False, cache=None):
         if not sparse:
             return super().forward(idx, sparse, cache)
-        x, gates = self.embed(idx, cache), []
+        x, gates, logits = self.embed(idx, cache), [], None
         gate = torch.ones(idx.shape, device=idx.device)         # 1 until the token exits
-        logits = 0.0                                            # until the first prediction, which replaces all of it
         for l, (block, norm) in enumerate(zip(self.blocks, [*self.exit_norms, self.ln_f])):
             x = block(x, gate, sparse, cache)
             gates.append(gate)
             if l >= self.FIRST:
                 prediction = self.head(norm(x))                                            # (B, T, V)
-                logits = torch.where(gate.unsqueeze(-1) != 0, prediction, logits)          # only where the block ran
+                ran = gate.unsqueeze(-1) != 0                                              # (B, T, 1)
+                logits = prediction if logits is None else torch.where(ran, prediction, logits)
                 confidence = F.softmax(prediction, dim=-1).amax(-1)                        # (B, T)
                 gate = gate * (confidence <= self.config.threshold)
         return logits, torch.stack(gates)
@@ -289,7 +288,7 @@ class Halt(TSA):
     x after block l. Training minimizes
 
         HALT_SHARE  * sum over l of survive_l p_l CE_l      predict well at the block where the token halts
-      + EVERY_SHARE * mean of CE_l over l > 0               train the blocks that few tokens reach
+      + EVERY_SHARE * mean of CE_l over l > 0               train every prediction a little
       + LAST_SHARE  * CE_{L-1}                              make the late blocks worth reaching
       - BARRIER     * sum over l < L-1 of log(p_l (1-p_l))  keep p from sticking at 0 or 1
       + lam         * mean of survive_l over l > 0          depth penalty (added in train.py)                   (5)
@@ -317,8 +316,8 @@ class Halt(TSA):
         """
         Run every block for every token, so that every depth gets a loss. Return each block's output x (B, T, C),
         survive (L, B, T) and the logit of p (L, B, T). Keys and values come from `kept`, as in a sparse pass: it
-        follows x until the token would halt, and then stays. Here, token a would halt after block 0, and b after
-        block 1 (a0 is token a after block 0):
+        equals x until the token would halt, then no longer changes. Here, token a would halt after block 0, and b
+        after block 1 (a0 is token a after block 0):
 
             block                        0          1          2          3
             running, during the block    1  1  1    0  1  1    0  0  1    0  0  1
@@ -359,7 +358,7 @@ MODELS = {"plain": Transformer, "tsa": TSA, "exit": Exit, "halt": Halt}
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Generation, and what skipping saves. You can skip this part at first reading.
+# Generation, and what skipping saves. You can skip this part on a first reading.
 
 class KVCache:
     """The keys and values of the tokens so far. The first pass may add any number of tokens, later passes only one."""
@@ -412,8 +411,9 @@ def savings(config, ran, T=None):
     block. (Generation saves a little more: if no token of a step runs a block, the block skips its attention, too.)
     """
     C, L, T = config.n_embd, len(ran), T or config.block_size
-    # Multiply-adds per token. A query attends to T / 2 keys on average: C for each score, and C for each value.
-    keys_values, attention, others, head = 2 * C * C, T / 2 * 2 * C, 10 * C * C, C * config.vocab_size
+    # Multiply-adds per token. A query attends to T / 2 keys on average, at C for the score and C for the value.
+    keys_values, attention, head = 2 * C * C, T / 2 * 2 * C, C * config.vocab_size
+    others = 10 * C * C         # query 1, output projection 1, feed-forward 8
     plain = L * (keys_values + attention + others) + head
     used = L * (keys_values + attention) + sum(ran) * others + head
     if config.model in ("tsa", "halt"):

@@ -158,7 +158,7 @@ def draw(summary, path):
         axes.set(title=title, xlabel="multiply-adds saved (%)", ylabel="validation loss, sparse")
         axes.set(xlim=(-5, 55), ylim=(0.993 * best, 1.03 * best))
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(legend.values(), legend.keys(), frameon=False, loc="outside lower center", ncols=5)
+    figure.legend(legend.values(), legend.keys(), frameon=False, loc="outside lower center", ncols=6)
     figure.savefig(path, format="svg", metadata={"Date": None})
 
 

@@ -1,5 +1,6 @@
 """Tests of the programs in report/: the published numbers depend on them. Run with `python -m pytest -q`."""
 import csv
+import html
 import itertools
 import json
 import math
@@ -44,9 +45,23 @@ def test_shipped_text_model_is_the_default(tmp_path, monkeypatch, capsys):
     """`python sample.py` works before any training, and skips blocks."""
     monkeypatch.chdir(tmp_path)
     assert run(sample, "--device", "cpu", "--max_new_tokens", 20) == 0
+    assert re.search(r"python-skip.pt: tsa model.*\n.*sparse: a token ran [6-9]\.", capsys.readouterr().err)
+    saved = train.load_checkpoint(HERE / "report" / "python-skip.pt")[1]
+    flags = train.parse_flags("--preset deep --gate skip --threshold 0.9 --dtype bfloat16 --device cpu".split())
+    flags.pop("out_dir")
+    assert saved["flags"] | {"preset": "deep"} == flags and saved["step"] == 2400       # the command of the README
+    assert sum(path.stat().st_size for path in (HERE / "report").glob("*.pt")) < 7e6
     refused(run(depth, HERE / "report" / "chain-halt.pt", "--device", "cpu", "--gate", "skip"), "--gate does not apply")
-    assert re.search(r"text-halt.pt: halt model.*\n.*sparse: a token ran [1-5]\.", capsys.readouterr().err)
-    assert sum(path.stat().st_size for path in (HERE / "report").glob("*.pt")) < 4e6
+
+
+def test_picture_of_the_readme_shows_the_shipped_model(capsys):
+    """The first thing on the page is the output of the command that it shows."""
+    line = "    def __init__(self, name, value):"
+    assert run(sample, HERE / "report" / "python-skip.pt", "--device", "cpu", "--map", "--prompt", line) == 0
+    picture = re.sub(r"<[^>]*>|\s|\xa0", "", (HERE / "report" / "map.svg").read_text().partition("</defs>")[2])
+    picture = html.unescape(picture).replace("\xa0", "")
+    for row in capsys.readouterr().out.split("\n"):
+        assert "".join(row.split()) in picture, row
 
 
 def test_mistake_in_the_readers_code_keeps_its_traceback(finished, run_train, monkeypatch):     # noqa: F811
