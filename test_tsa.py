@@ -1,6 +1,6 @@
 """
-Run with `python -m pytest -q`; no network or GPU is needed. The order is that of tsa.py, data.py, train.py, sample.py
-and README.md. The tests of report/ are in report/test_report.py.
+Run with `python -m pytest -q`; no network or GPU is needed. The tests of the models come first, in the order of tsa.py;
+those of the data and the programs begin at `# data.py`. The tests of report/ are in report/test_report.py.
 """
 import hashlib
 import itertools
@@ -10,7 +10,9 @@ import os
 import re
 import runpy
 import sys
+import threading
 import zipfile
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
 from unittest.mock import Mock
@@ -465,43 +467,50 @@ VERSE = b"To be, or not to be, that is the question.\n" * 40
 
 
 @pytest.fixture
-def offer(tmp_path, monkeypatch):
-    """A function that makes the server send `body` as Tiny-Shakespeare, or stall; it returns the path for the file."""
+def server(tmp_path, monkeypatch):
+    """A server on loopback that sends server.body as Tiny-Shakespeare, or an error if there is none."""
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200 if self.server.body else 404)
+            self.end_headers()
+            self.wfile.write(self.server.body)
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(data, "FOLDER", tmp_path / "data")
-    monkeypatch.setitem(data.FILES, "shakespeare", ("text.txt", "http://localhost", hashlib.sha256(VERSE).hexdigest()))
-
-    def call(body):
-        def urlopen(url, timeout):
-            if body is None:
-                raise TimeoutError("timed out")
-            return BytesIO(body)
-        monkeypatch.setattr(data.urllib.request, "urlopen", urlopen)
-        return tmp_path / "data" / "text.txt"
-    return call
+    file = "text.txt", f"http://127.0.0.1:{server.server_port}", hashlib.sha256(VERSE).hexdigest()
+    monkeypatch.setitem(data.FILES, "shakespeare", file)
+    yield server
+    server.shutdown()
+    server.server_close()
 
 
-def test_download_is_verified_and_kept(offer):
+def test_download_is_verified_and_kept(server, tmp_path):
     """The first run fetches the file, the second needs no network, and a file damaged afterwards is refused."""
-    path = offer(VERSE)
+    server.body, path = VERSE, tmp_path / "data" / "text.txt"
     corpus = data.load("shakespeare")
-    offer(b"something else")
+    server.body = b"something else"
     assert data.load("shakespeare").vocab == corpus.vocab and path.read_bytes() == VERSE
     assert [file.name for file in path.parent.iterdir()] == ["text.txt"]
     path.write_bytes(b"To be, or")
-    with pytest.raises(ValueError, match="delete it"):
+    with pytest.raises(UserError, match="delete it"):
         data.load("shakespeare")
 
 
-@pytest.mark.parametrize("body", [None, b"", VERSE[:-1]])
-def test_bad_download_leaves_nothing_and_training_falls_back(offer, run_train, tmp_path, capsys, body):
+@pytest.mark.parametrize("body", [b"", VERSE[:-1]])
+def test_bad_download_leaves_nothing_and_training_falls_back(server, run_train, tmp_path, capsys, monkeypatch, body):
     """No file is left behind, and train.py says in one line that it uses the standard library instead."""
-    path = offer(body)
-    refused(run_train("--data", "shakespeare"), "save it as", path.name)        # explicit, so no fallback
+    server.body = body
+    (tmp_path / "a.py").write_text("import this\n" * 99)
+    monkeypatch.setattr(data, "sysconfig", Mock(get_paths=lambda: {"stdlib": tmp_path}))
+    refused(run_train("--data", "shakespeare"), "save it as", "text.txt")       # explicit, so no fallback
     assert run_train("--data", "auto", "--dtype", "auto", "--max_iters", 1) == 0
     line, flags, *_ = capsys.readouterr().out.splitlines()
-    assert "save it as" in line and "--data stdlib" in line and "data=stdlib" in flags and not path.parent.exists()
+    assert "save it as" in line and "--data stdlib" in line and "data=stdlib" in flags
     saved = train.load_checkpoint(tmp_path / "run" / "ckpt.pt")[1]
-    assert len(saved["vocab"]) > 90 and saved["flags"]["dtype"] in ("float32", "bfloat16")      # what "auto" meant
+    assert saved["vocab"] == "\n himoprst" and saved["flags"]["dtype"] in ("float32", "bfloat16")   # what "auto" meant
+    assert not (tmp_path / "data").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ class Config:
 # ----------------------------------------------------------------------------------------------------------------
 # Gate designs: the place to experiment. A design is a pair of functions of the router's p (B, T) and the threshold. The
 # first returns the gate for training (a full pass), the second the gate for inference (a sparse pass). Both return
-# floats; a gradient must flow through the first.
+# floats; the first must pass a gradient for some p.
 
 def soft(p, threshold):
     """The paper's gate in training, equation (4): a scale."""
@@ -61,7 +61,7 @@ def skip(p, threshold):
     return (1 - p) * (p <= threshold)
 
 def stretch(p, threshold):
-    """A scale that is exactly 0 for p >= 6/7 and 1 for p <= 1/7, so that what is trained is what runs."""
+    """A scale that is exactly 0 for p >= 6/7, so that what is trained is what runs."""
     return ((1 - p) * 1.4 - 0.2).clamp(0, 1)        # hard concrete without noise (Louizos et al. 2018, 1712.01312)
 
 # name: (training gate, inference gate)
@@ -79,7 +79,7 @@ class Router(nn.Module):
         nn.init.constant_(self.out.bias, config.gate_bias)
 
     def logit(self, x):
-        # float32 from here on, because 1 - p would round to 0 in bfloat16 when p is near 1.
+        # float32 from here on: in bfloat16, a p near 1 would round to 1, and its gate to 0.
         return self.out(F.relu(self.fc(x))).squeeze(-1).float()
 
     def forward(self, x):
@@ -161,7 +161,7 @@ class Block(nn.Module):
             rows = gate.nonzero(as_tuple=True)                                             # (N,) and (N,)
             if len(rows[0]) == 0:
                 return x
-            if len(rows[0]) < gate.numel():
+            if len(rows[0]) < gate.numel():         # otherwise all tokens run, without gathering
                 y, gate = x[rows], gate[rows].to(x.dtype).unsqueeze(-1)                    # gather: (N, C), (N, 1)
                 y = y + gate * self.attn(h, kv, rows)                                      # equation (1)
                 y = y + gate * self.ffn(self.ln2(y))                                       # equation (2)
@@ -321,8 +321,8 @@ class Halt(TSA):
 
             block                        0          1          2          3
             running, during the block    1  1  1    0  1  1    0  0  1    0  0  1
-            x, after it                  a0 b0 c0   a1 b1 c1   a2 b2 c2   a3 b3 c3      gives queries and losses
-            kept, after it               a0 b0 c0   a0 b1 c1   a0 b1 c2   a0 b1 c3      gives keys and values
+            x, after it                  a0 b0 c0   a1 b1 c1   a2 b2 c2   a3 b3 c3      losses, next queries
+            kept, after it               a0 b0 c0   a0 b1 c1   a0 b1 c2   a0 b1 c3      next keys and values
         """
         x = kept = self.embed(idx, cache)
         survive = torch.ones(idx.shape, device=idx.device)
@@ -347,7 +347,7 @@ class Halt(TSA):
         # With 6 blocks and h_l = 0.2 * survive_l * p_l, the weights of CE_0 to CE_5 are
         #     h0    h1 + 0.01    h2 + 0.01    h3 + 0.01    h4 + 0.01    h5 + 0.01 + 0.75
         weight = self.HALT_SHARE * survive * torch.sigmoid(logit)      # not detached: this trains the routers
-        weight[1:] += self.EVERY_SHARE / (len(outputs) - 1)
+        weight[1:] += self.EVERY_SHARE / (len(outputs) - 1)            # a constant, so autograd allows it in place
         weight[-1] += self.LAST_SHARE
         # log(p (1 - p)), from the logit because p may round to 0 or 1
         barrier = (F.logsigmoid(logit[:-1]) + F.logsigmoid(-logit[:-1])).mean((1, 2)).sum()
