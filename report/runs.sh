@@ -136,7 +136,7 @@ for folder in out/{copy,sort}-*; do score $folder/ckpt.pt; done
 score out/shakespeare-exit-s0/ckpt.pt --threshold .6 .55 .5 .4
 score out/paper-exit-s0/ckpt.pt --threshold .95 .8
 for folder in out/chain-*; do score $folder/ckpt.pt; done
-for folder in out/chain-tsa-s?; do score $folder/ckpt.pt --gate skip --threshold 0.8 0.9 0.95; done
+for folder in out/chain-tsa-s?; do score $folder/ckpt.pt --gate skip --threshold 0.9 0.95; done
 for folder in out/chain-exit-s?; do score $folder/ckpt.pt --variant exit-nofloor; done
 for folder in out/deep-halt-lam0.03-s?; do score $folder/ckpt.pt --threshold 0.8; done
 for folder in out/deep-tsa-s? out/long-tsa-s0; do
