@@ -59,6 +59,8 @@ class Data:
 
     def windows(self, split, block_size):
         """All non-overlapping windows of a split -> idx, targets (n, T) int64. Raise UserError if none fits."""
+        if split not in self.splits:
+            raise UserError(f"there is no {split} split")
         tokens = self.splits[split]
         if tokens.dim() == 3:
             if tokens.size(2) > block_size:

@@ -820,6 +820,9 @@ def test_bad_checkpoint_is_one_line_and_runs_no_code(finished, tmp_path):
     del shipped["optimizer"]
     torch.save(shipped, path)
     refused(run(train, "--resume", finished, "--device", "cpu"), "no optimizer state")
+    shipped["model"].popitem()
+    torch.save(shipped, path)
+    refused(run(sample, path, "--device", "cpu"), "does not fit the tsa model")
     for content in (path.read_bytes()[:-100], b"", Bomb(), {"model": {}}, [1, 2]):
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
         refused(run(sample, path, "--device", "cpu"), "damaged or was not written by")

@@ -284,7 +284,10 @@ def load_checkpoint(path):
     if config.model not in MODELS or config.gate not in GATES:
         raise UserError(f"{path}: there is no model {config.model!r} with gate {config.gate!r} in tsa.py")
     model = MODELS[config.model](config)
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError:
+        raise UserError(f"{path} does not fit the {config.model} model in tsa.py") from None
     return model.eval(), saved
 
 
@@ -308,6 +311,8 @@ def main(argv=None):
         model, run = load_checkpoint(out_dir / "ckpt.pt")
         if "optimizer" not in run:
             raise UserError(f"{out_dir / 'ckpt.pt'} cannot be resumed: it holds no optimizer state")
+        if "variant" in run["flags"].keys() - FLAGS.keys():
+            raise UserError(f"use python -m report.variants {run['flags']['variant']} --resume {out_dir}")
         given = run["flags"] | given
     args = argparse.Namespace(**given)
     args.device = pick_device(args.device)
@@ -324,19 +329,20 @@ def main(argv=None):
         raise UserError(f"--data {args.data}: the text has changed since this run started; restore the old one (for "
                         f"stdlib, use the same Python version)")
 
-    # The model, and the folder of a new run
+    # The model, the optimizer, and the folder of a new run
     if not run:
         seed_step(args.seed, 0)
         config = Config(vocab_size=len(corpus.vocab), **{k: v for k, v in given.items() if hasattr(Config, k)})
         model = MODELS[config.model](config)
         run = {"config": vars(config), "vocab": corpus.vocab, "prompt": corpus.prompt, "checksum": checksum,
                "example": corpus.example[:args.block_size], "step": 0, "rows": [], "seconds": 0.0}
-        out_dir = new_folder(args.out_dir, args.model)
-        del args.out_dir        # not stored, because the folder may be moved before it is resumed
-    run["flags"] = vars(args)
     optimizer = make_optimizer(model.to(args.device))
     if "optimizer" in run:
         optimizer.load_state_dict(run["optimizer"])
+    else:
+        out_dir = new_folder(args.out_dir, args.model)
+        del args.out_dir        # not stored, because the folder may be moved before it is resumed
+    run["flags"] = vars(args)
     save_checkpoint(run, model, optimizer, out_dir)         # so that even a run that is killed at once can be resumed
     corpus.splits["train"] = corpus.splits["train"].to(args.device)
 

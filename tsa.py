@@ -21,7 +21,7 @@ Other tokens still attend to the keys and values of a token that skips, so a ski
 Shapes: B sequences of T tokens, C = n_embd channels, nh heads of size hs = C / nh, V characters, L blocks. N tokens of
 the batch run a block; S tokens per sequence provide keys and values (T, or more if earlier tokens are in a KV cache).
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -402,22 +402,32 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, sparse=Tru
         yield idx_next, gates[:, :, -1]
 
 
-def savings(config, ran, T=None):
+def multiply_adds(config, ran, T=None):
     """
-    What skipping saves, relative to a plain model with as many layers, if a share ran[l] of the tokens runs block l.
-    Return two shares: of the token-layer operations (one token running one block; the paper's unit), and of the
-    multiply-adds in all matrix products, which is negative if the overhead exceeds the saving. T tokens (by default a
-    full window) are processed at once: keys, values and attention for all of them, the rest only for those that run the
-    block. (Generation saves a little more: if no token of a step runs a block, the block skips its attention, too.)
+    The multiply-adds per token of all matrix products, if a share ran[l] of the tokens runs block l. T tokens (by
+    default a full window) are processed at once: keys, values and attention for all of them, the rest only for those
+    that run the block. (Generation takes a little less: if no token of a step runs a block, the block skips its
+    attention, too.)
     """
     C, L, T = config.n_embd, len(ran), T or config.block_size
-    # Multiply-adds per token. A query attends to T / 2 keys on average, at C for the score and C for the value.
-    keys_values, attention, head = 2 * C * C, T / 2 * 2 * C, C * config.vocab_size
-    others = 10 * C * C         # query 1, output projection 1, feed-forward 8
-    plain = L * (keys_values + attention + others) + head
-    used = L * (keys_values + attention) + sum(ran) * others + head
+    head = C * config.vocab_size
+    total = L * 2 * C * C                       # keys and values
+    total += L * T / 2 * 2 * C                  # attention to T / 2 keys on average: C for the score, C for the value
+    total += sum(ran) * 10 * C * C              # query 1, output projection 1, feed-forward 8
+    total += head
     if config.model in ("tsa", "halt"):
-        used += (L - 1) * (C + 1) * max(C // 4, 16)     # routers
+        total += (L - 1) * (C + 1) * max(C // 4, 16)        # routers
     if config.model == "exit":
-        used += (L - 1 - Exit.FIRST) * head             # predictions before the last block
-    return 1 - sum(ran) / L, 1 - used / plain
+        total += (L - 1 - Exit.FIRST) * head                # predictions before the last block
+    return total
+
+
+def savings(config, ran, T=None):
+    """
+    What skipping saves, relative to a plain model with as many layers: the shares of the token-layer operations (one
+    token running one block; the paper's unit) and of the multiply-adds. The second is negative if the overhead exceeds
+    the saving.
+    """
+    L = len(ran)
+    plain = multiply_adds(replace(config, model="plain"), [1] * L, T)
+    return 1 - sum(ran) / L, 1 - multiply_adds(config, ran, T) / plain

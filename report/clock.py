@@ -6,7 +6,8 @@ Measure what skipping saves in wall-clock time:
 Time plain models with the given numbers of layers and the sparse model in turn, in one process and in float32, on text
 of the validation split. Prefill processes whole windows; decode processes the second half of each window token by
 token. Without a checkpoint, the text and the weights are random, at the paper's width, and the gates are open at random
-with the probabilities in KEEPS. `predicted` is the speed-up that the saved multiply-adds alone would give.
+with the probabilities in KEEPS. `predicted` is the speed-up that the saved multiply-adds alone would give, counted as
+for a prefill.
 """
 import copy
 import csv
@@ -20,9 +21,9 @@ import torch
 
 import data
 from report.depth import set_gate
-from report.plot import fewer_layers
+from data import UserError
 from train import COUNT, SHARE, Parser, keep_freed_memory, load_checkpoint, one_line, pick_device
-from tsa import GATES, MODELS, Config, KVCache, savings
+from tsa import GATES, MODELS, Config, KVCache, multiply_adds
 
 BATCHES = {"prefill": (64, 8, 1), "decode": (8, 1)}
 KEEPS = (0.726, 0.5, 0.3)       # 0.726 is the mean gate that the paper reports on Tiny-Shakespeare
@@ -37,7 +38,7 @@ def timed(call, device):
     """Seconds that a call takes, including the work that it queues on the device."""
     began = time.perf_counter()
     call()
-    if device != "cpu":
+    if torch.device(device).type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter() - began
 
@@ -62,12 +63,11 @@ def decode(model, idx):
 @torch.inference_mode()
 def clock(models, text, work, B, seconds, device):
     """
-    Time one kind of work at batch size B and return a row for each of `models` (name: model), relative to the first.
+    Time one kind of work on B windows of text (n, T). Return a row for each of `models` (name: model), relative to the
+    first.
     `ms` is the median time of a prefill or of a decode step; `ms_low` and `ms_high` are its quartiles.
     """
-    baseline = next(iter(models.values())).config
-    T = baseline.block_size
-    idx = text.repeat(B * T // len(text) + 1)[:B * T].view(B, T)
+    idx, T = text.repeat(B // len(text) + 1, 1)[:B], text.size(1)
     make_call = {"prefill": prefill, "decode": decode}[work]
     calls = [make_call(model, idx) for model in models.values()]
     rounds, end = [], time.perf_counter() + seconds
@@ -75,13 +75,13 @@ def clock(models, text, work, B, seconds, device):
         rounds.append([timed(call, device) for call in calls])
     all_times = list(zip(*rounds[1:]))              # the first round is the warm-up
     start, steps = (T // 2, T - T // 2) if work == "decode" else (0, 1)
-    rows = []
+    rows, baseline = [], next(iter(models.values())).config
     for (name, model), times in zip(models.items(), all_times):
         low, median, high = (1000 * t / steps for t in statistics.quantiles(times, n=4))
         ran = (model(idx, sparse=True)[1][:, :, start:] != 0).cpu().double().mean((1, 2)).tolist()
-        used = (1 - savings(model.config, ran)[1]) * (1 - fewer_layers(baseline, len(ran), baseline.n_layer))
+        predicted = multiply_adds(baseline, [1] * baseline.n_layer, T) / multiply_adds(model.config, ran, T)
         rows.append({"work": work, "batch": B, "gates": name, "open": sum(ran[1:]) / max(len(ran) - 1, 1), "ms": median,
-                     "ms_low": low, "ms_high": high, "predicted": 1 / used,
+                     "ms_low": low, "ms_high": high, "predicted": predicted,
                      "speedup": statistics.median(a / b for a, b in zip(all_times[0], times))})
     return rows
 
@@ -99,23 +99,25 @@ def main(argv=None):
     parser.add_argument("--seconds", type=float, default=20, help="seconds per measurement (default: 20)")
     parser.add_argument("--out", type=Path, help="csv file to which the rows are appended")
     args = parser.parse_args(argv)
+    if not args.ckpt and (args.gate or args.threshold is not None):
+        raise UserError("--gate and --threshold need a checkpoint")
     device = pick_device(args.device)
     keep_freed_memory()
     torch.manual_seed(0)
     if args.ckpt:
         model, saved = load_checkpoint(args.ckpt)
         set_gate(model, args.gate, args.threshold)
-        text = data.load(saved["flags"]["data"]).windows("val", model.config.block_size)[0].flatten()
+        text = data.load(saved["flags"]["data"]).windows("val", model.config.block_size)[0]
         own = {f"own {model.config.gate}" if model.config.model == "tsa" else "own": model}
     else:
         GATES["random"] = random_gate, random_gate
         config = Config(gate="random", block_size=256)
         own = {f"random {keep}": MODELS["tsa"](replace(config, threshold=keep)) for keep in KEEPS}
         model = MODELS["plain"](config)
-        text = torch.randint(65, (64 * 256,))
+        text = torch.randint(65, (64, 256))
     L = model.config.n_layer
     models = {f"plain {n}": MODELS["plain"](replace(model.config, model="plain", n_layer=n))
-              for n in args.layers or (L, L // 2)} | own
+              for n in args.layers or (L, max(L // 2, 1))} | own
     for each in models.values():
         each.to(device).eval()
     print(f"{torch.get_num_threads()} threads on {device}, torch {torch.__version__}, {model.config}")

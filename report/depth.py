@@ -127,13 +127,13 @@ def score(model, windows, is_chain):
     return row
 
 
-def draw_histogram(gates, path):
-    """Gates (L, n, T) of a full pass -> a histogram of each gated block, with a line at the threshold of 0.5."""
+def draw_histogram(gates, threshold, path):
+    """Gates (L, n, T) of a full pass -> a histogram of each gated block, with a line at the smallest open gate."""
     from matplotlib.figure import Figure        # only the figures of report/ need matplotlib
     figure = Figure(figsize=(8, 1.8), layout="constrained")
     for l, axes in enumerate(figure.subplots(1, len(gates) - 1, sharey=True, squeeze=False)[0], 1):
         axes.hist(gates[l].flatten().tolist(), bins=50, range=(0, 1), color="#1f5fbf", histtype="stepfilled")
-        axes.axvline(0.5, color="red", linewidth=1)
+        axes.axvline(threshold, color="red", linewidth=1)
         axes.set_title(f"block {l}", fontsize=10)
         axes.set(xlim=(-0.02, 1.02), xticks=[0, 0.5, 1], xticklabels=["0", "0.5", "1"], yticks=[])
         axes.spines[["top", "right", "left"]].set_visible(False)
@@ -148,31 +148,32 @@ def main(argv=None):
     parser.add_argument("ckpt", type=Path, help="checkpoint from train.py")
     parser.add_argument("--gate", choices=GATES, help="gate design (default: the checkpoint's)")
     parser.add_argument("--threshold", type=SHARE, nargs="+", help="thresholds (default: the checkpoint's)")
-    parser.add_argument("--variant", choices=VARIANTS, default="", help="a change that report.variants makes")
+    parser.add_argument("--variant", choices=VARIANTS, help="a change by report.variants (default: the checkpoint's)")
     parser.add_argument("--split", choices=("val", "test"), default="val", help="split to score (default: val)")
     parser.add_argument("--histogram", type=Path, help="draw the gates of a full pass into this svg file instead")
     parser.add_argument("--device", default="auto", help="device to use (default: the best one available)")
     args = parser.parse_args(argv)
-    if args.variant:
-        VARIANTS[args.variant]()
     device = pick_device(args.device)
     model, saved = load_checkpoint(args.ckpt)
+    variant = args.variant or saved["flags"].get("variant", "")
+    if variant:
+        VARIANTS[variant]()
     set_gate(model.to(device), args.gate, None)
     corpus = data.load(saved["flags"]["data"])
     windows = [tokens.to(device) for tokens in corpus.windows(args.split, model.config.block_size)]
     if args.histogram:
-        draw_histogram(run(model, windows, sparse=False)[2], args.histogram)
+        draw_histogram(run(model, windows, sparse=False)[2], 1 - model.config.threshold, args.histogram)
         return
     path = args.ckpt.parent / "scores.json"
     rows = json.loads(path.read_text("utf-8")) if path.exists() else []
     for threshold in args.threshold or [model.config.threshold]:
-        model.config.threshold = threshold
+        set_gate(model, args.gate, threshold)
         key = {"split": args.split, "gate": args.gate or saved["flags"].get("gate"), "threshold": threshold,
-               "variant": args.variant}
-        row = key | score(model, windows, saved["flags"]["data"] == "chain")
+               "variant": variant}
+        row = key | {"step": saved["step"]} | score(model, windows, saved["flags"]["data"] == "chain")
         rows = [old for old in rows if any(old[name] != key[name] for name in key)] + [row]
         print(*(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()
-                if name not in ("ran", "gates", "by_block", "hops")))
+                if name not in ("step", "ran", "gates", "by_block", "hops")))
         if "by_block" in row:
             print("  loss after each block:", *(f"{loss:.4f}" for loss in row["by_block"]))
         for line in row.get("hops", []):

@@ -20,9 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from data import UserError
-from report.variants import VARIANTS
 from train import Parser, one_line
-from tsa import Config, savings
+from tsa import Config, multiply_adds
 
 SIZES = ("n_layer", "n_embd", "block_size", "vocab_size")
 COLUMNS = ("family", "run", "split", "model", "gate", *SIZES, "lam", "threshold", "variant", "gate_bias", "seed",
@@ -31,46 +30,43 @@ COLUMNS = ("family", "run", "split", "model", "gate", *SIZES, "lam", "threshold"
 LAYERS = {"deep": 12, "drop": 12, "long": 12, "rate": 12, "twelve": 12}     # of a family's plain model, elsewhere 6
 LENGTHS = {"copy": 42, "sort": 42}                  # tokens per sequence, elsewhere block_size
 SCORES = ("val_loss", "val_loss_sparse", "tlops_saved", "macs_saved")
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 9: 2.306}        # seeds: 97.5% quantile of Student's t
+# The number of seeds: the 97.5% quantile of Student's t
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
 def is_plain(row):
     return row["model"] == "plain" or "several" in row["run"]
 
 
-def fewer_layers(config, n, L, T=None):
-    """The share of multiply-adds that a plain model of n layers saves relative to one of L layers (see tsa.savings)."""
-    C, T = config.n_embd, T or config.block_size
-    layer, head = 12 * C * C + T * C, C * config.vocab_size
-    return (L - n) * layer / (L * layer + head)
-
-
 def count(row):
     """Add to a row what it saved relative to the plain model of its family, counted from `ran`."""
     config = Config(model=row["model"], **{name: int(row[name]) for name in SIZES})
-    ran, n = row["ran"], config.n_layer
+    ran = row["ran"]
     if is_plain(row):
-        config, ran, row["val_loss_sparse"] = replace(config, model="plain"), [1] * n, row["val_loss"]
+        config, ran = replace(config, model="plain"), [1] * config.n_layer
+        row["val_loss_sparse"] = row["val_loss"]
     if row["model"] == "plain":
         row["threshold"] = None
     L, T = LAYERS.get(row["family"], 6), LENGTHS.get(row["family"])
-    tlops, macs = savings(config, ran, T)
-    row["tlops_saved"] = 1 - (1 - tlops) * n / L
-    row["macs_saved"] = 1 - (1 - macs) * (1 - fewer_layers(config, n, L, T))
+    used = multiply_adds(config, ran, T)
+    if row["variant"] == "exit-nofloor":
+        used += config.n_embd * config.vocab_size       # one more prediction, after block 0
+    row["tlops_saved"] = 1 - sum(ran) / L
+    row["macs_saved"] = 1 - used / multiply_adds(replace(config, model="plain"), [1] * L, T)
 
 
-def read_rows(folders, commit):
+def read_rows(folders):
     """The rows of all finished runs: result.json, and rows of scores.json with another split, gate or threshold."""
     rows = []
     for path in sorted(path for folder in folders for path in Path(folder).rglob("result.json")):
         result = json.loads(path.read_text("utf-8"))
-        name = path.parent.name
-        variant = next((variant for variant in VARIANTS if f"-{variant}-" in name), "")     # that it was trained with
-        result |= {"run": name, "family": name.partition("-")[0], "split": "val", "variant": variant, "commit": commit}
+        name, scores, commit = path.parent.name, path.with_name("scores.json"), path.with_name("commit")
+        result |= {"run": name, "family": name.partition("-")[0], "split": "val", "variant": result.get("variant", ""),
+                   "commit": commit.read_text().strip() if commit.exists() else ""}
         rows.append(result)
-        scores = path.with_name("scores.json")
         for score in json.loads(scores.read_text("utf-8")) if scores.exists() else []:
-            score["variant"] = score["variant"] or variant
+            if score["step"] < result["max_iters"]:
+                continue        # of a checkpoint that was saved before the run had finished
             if all(score[key] == result.get(key, score[key]) for key in ("split", "gate", "threshold", "variant")):
                 result |= score
             else:
@@ -93,7 +89,7 @@ def read_csv(path):
 
 
 def name_of(row):
-    return row["run"].rpartition("-s")[0] or row["run"]
+    return re.sub(r"-s\d+$", "", row["run"])
 
 
 def summarize(rows):
@@ -168,11 +164,10 @@ def main(argv=None):
     parser.add_argument("folders", nargs="*", help="folders of runs, searched recursively")
     parser.add_argument("--rows", type=Path, help="csv file whose rows are read, too")
     parser.add_argument("--pool", nargs=2, metavar=("FAMILY", "INTO"), help="count one family's seeds as another's")
-    parser.add_argument("--commit", default="", help="the commit that the runs were made with, for the csv file")
     parser.add_argument("--csv", type=Path, help="write all rows to this file")
     parser.add_argument("--svg", type=Path, help="write the plot to this file")
     args = parser.parse_args(argv)
-    rows = read_rows(args.folders, args.commit)
+    rows = read_rows(args.folders)
     if args.rows:
         runs = {row["run"] for row in rows}
         rows += [row for row in read_csv(args.rows) if row["run"] not in runs]

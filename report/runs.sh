@@ -19,6 +19,7 @@ into() {    # into NAME PROGRAM FLAGS...: one seed of a run, in out/NAME-s$seed
         rm -rf "$folder"        # of a run that was killed before it had saved anything
         python -m "$@" --device cpu --dtype bfloat16 --seed $seed --out_dir "$folder"
     fi
+    git rev-parse --short HEAD > "$folder/commit"
 }
 run() { into $1 train "${@:2}"; }                               # run NAME FLAGS...
 variant() { into $1 report.variants "${@:2}"; }                 # variant NAME VARIANT FLAGS...
@@ -46,8 +47,8 @@ for seed in 0 1 2; do
         run $text-tsa --data $text
         run $text-exit --data $text --model exit
         run $text-halt-lam0.03 --data $text --model halt
-        variant $text-halt-shares.4-lam0.03 shares.4 --data $text --model halt
-        variant $text-exit-heavy exit-heavy --data $text --model exit
+        variant $text-halt-shares.4-lam0.03 shares.4 --data $text
+        variant $text-exit-heavy exit-heavy --data $text
         variant $text-constant constant --data $text
     done
     for n in 1 2; do run shakespeare-plain$n --data shakespeare --model plain --n_layer $n; done
@@ -59,7 +60,7 @@ for seed in 0 1 2; do
     for n in 8 10 12; do run deep-several$n --preset deep --model halt --lam 0 --n_layer $n; done
     run deep-tsa --preset deep --gate skip --threshold 0.9      # trained as with the paper's gate
     run deep-stretch --preset deep --gate stretch
-    variant deep-exit-heavy exit-heavy --preset deep --model exit
+    variant deep-exit-heavy exit-heavy --preset deep
 done
 
 # Python, 12 layers, three times as long; and with dropout
@@ -109,8 +110,8 @@ run shakespeare-halt-lam0.06 --data shakespeare --model halt --lam 0.06
 for text in shakespeare stdlib; do
     run $text-halt-lam0 --data $text --model halt --lam 0
     run $text-halt-lam0.015 --data $text --model halt --lam 0.015
-    variant $text-halt-shares.4-lam0.015 shares.4 --data $text --model halt --lam 0.015
-    for lam in 0.015 0.03; do variant $text-halt-shares.1-lam$lam shares.1 --data $text --model halt --lam $lam; done
+    variant $text-halt-shares.4-lam0.015 shares.4 --data $text --lam 0.015
+    for lam in 0.015 0.03; do variant $text-halt-shares.1-lam$lam shares.1 --data $text --lam $lam; done
 done
 
 # The paper's size
@@ -144,7 +145,7 @@ for folder in out/deep-tsa-s? out/long-tsa-s0; do
     score $folder/ckpt.pt --gate soft --threshold 0.5
 done
 for folder in out/deep-stretch-s?; do score $folder/ckpt.pt; done
-score out/long-constant-s0/ckpt.pt --variant constant --gate skip --threshold 0.9
+score out/long-constant-s0/ckpt.pt --gate skip --threshold 0.9
 for folder in out/fresh-tsa-s?; do
     for gate in ones close round-up; do score $folder/ckpt.pt --gate $gate --threshold 0.5; done
     score $folder/ckpt.pt --threshold .4 .6 .7 .8
@@ -164,14 +165,14 @@ for folder in out/deep-halt-lam0.03-s?; do score $folder/ckpt.pt --split test --
 for folder in out/deep-{tsa,stretch}-s? out/{long,drop}-{plain12,tsa}-s0 out/long-plain9-s0; do
     score $folder/ckpt.pt --split test
 done
-score out/long-constant-s0/ckpt.pt --variant constant --split test
+score out/long-constant-s0/ckpt.pt --split test
 for folder in out/{shakespeare,stdlib}-tsa-s?; do
     score $folder/ckpt.pt --split test --gate skip --threshold 0.9
 done
 for folder in out/paper-halt-lam0.03-s?; do score $folder/ckpt.pt --split test; done
 
 # Tables and figures
-python -m report.plot out --commit "$(git rev-parse --short HEAD)" --csv report/results.csv --svg report/frontier.svg
+python -m report.plot out --csv report/results.csv --svg report/frontier.svg
 python -m report.depth out/paper-tsa-s0/ckpt.pt --histogram report/gates.svg
 
 # The checkpoints that come with the code: half precision, without the optimizer's state

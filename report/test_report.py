@@ -86,6 +86,7 @@ def restore(monkeypatch):
     for owner, name in ((Router, "logit"), (Exit, "loss"), (Exit, "FIRST"), (Halt, "HALT_SHARE"), (Halt, "EVERY_SHARE"),
                         (Halt, "LAST_SHARE"), (train, "make_optimizer")):
         monkeypatch.setattr(owner, name, getattr(owner, name))
+    monkeypatch.setattr(train, "FLAGS", dict(train.FLAGS))
 
 
 def test_gates_of_the_report_by_hand():
@@ -130,8 +131,28 @@ def test_run_starts_from_a_checkpoint(finished, run_train, tmp_path, restore, te
     assert run(variants, "straight", "--init_from", finished / "ckpt.pt", *flags) == 0
     after, saved = train.load_checkpoint(tmp_path / "tuned" / "ckpt.pt")
     assert saved["flags"]["gate"] == "straight"
+    other = [*flags[:-1], "--n_embd=32", f"--out_dir={tmp_path / 'other'}"]
+    refused(run(variants, "straight", "--init_from", finished / "ckpt.pt", *other), "other sizes")
+    assert not (tmp_path / "other").exists()
     assert run(variants, "straight", f"--resume={tmp_path / 'tuned'}") == 0
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
+
+
+def test_change_of_a_run_is_stored_and_cannot_be_dropped(run_train, tmp_path, restore):      # noqa: F811
+    """Resumed or scored without its change, a constant gate would silently become a router with random weights."""
+    folder = tmp_path / "constant"
+    small = ["--n_layer=2", "--n_embd=16", "--max_iters=1", "--device=cpu", "--data=chain", f"--out_dir={folder}"]
+    assert run(variants, "constant", *small) == 0
+    result = json.loads((folder / "result.json").read_text())
+    del train.FLAGS["variant"]
+    refused(run(train, "--resume", folder), "report.variants constant --resume")
+    assert run(variants, "constant", "--resume", folder) == 0
+    Router.logit = None
+    assert run(depth, folder / "ckpt.pt", "--device", "cpu") == 0           # changed again
+    score, = json.loads((folder / "scores.json").read_text())
+    assert score["variant"] == result["variant"] == "constant"
+    assert score["val_loss"] == pytest.approx(result["val_loss"])
+    refused(run(depth, folder / "ckpt.pt", "--device", "cpu", "--split", "test"), "no test split")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -161,10 +182,12 @@ def test_scores_of_report_are_those_of_training(finished, text_file, monkeypatch
     by_hand = [masked(model, x[None])[0][0].argmax(-1) for x in idx]
     assert rows[0]["accuracy"] == pytest.approx((torch.stack(by_hand) == targets).float().mean().item())
     drawn = []
-    monkeypatch.setattr(depth, "draw_histogram", lambda gates, path: drawn.append(gates))
+    monkeypatch.setattr(depth, "draw_histogram", lambda gates, threshold, path: drawn.append(gates))
     score("--histogram", "x.svg")
     assert drawn[0].mean((1, 2)).tolist() == pytest.approx(result["gates"])        # the gates of a full pass
-    collected = plot.read_rows([finished], "")
+    (finished / "commit").write_text("abc1234\n")
+    collected = plot.read_rows([finished])
+    assert [row["commit"] for row in collected] == ["abc1234"] * 4
     assert [row["split"] for row in collected] == ["val", "val", "val", "test"]
     assert collected[0]["val_loss"] == rows[0]["val_loss"] and collected[3]["val_loss"] == rows[3]["val_loss"]
     assert run(plot, finished.parent, "--csv", finished / "r.csv") == 0
@@ -262,9 +285,9 @@ def test_clock_times_plain_models_and_the_sparse_one_in_turn(finished, monkeypat
     assert [float(row["speedup"]) for row in rows] == 2 * [1, 2, 2, 4] and len(timed) == 2 * 4 * 4
     assert [float(row["ms_high"]) for row in rows[:4]] == [2000, 1000, 1000, 500]
     assert float(rows[7]["ms"]) == 500 / 8          # 8 steps
-    config = Config(vocab_size=30, block_size=16, n_embd=16)
-    assert float(rows[0]["predicted"]) == 1 and float(rows[2]["predicted"]) == pytest.approx(
-        1 / (1 - plot.fewer_layers(config, 1, 3)))
+    layer, head = 12 * 16 * 16 + 16 * 16, 16 * 30
+    assert float(rows[0]["predicted"]) == 1
+    assert float(rows[2]["predicted"]) == pytest.approx((3 * layer + head) / (layer + head))
     model, saved = train.load_checkpoint(finished / "ckpt.pt")
     model.config.gate, model.config.threshold = "skip", 0.6
     text = data.load(saved["flags"]["data"]).windows("val", 16)[0].flatten()
@@ -387,18 +410,26 @@ def test_savings_are_counted_from_what_ran_relative_to_the_familys_plain_model(t
         result = dict(model="plain" if "plain" in name else "halt", vocab_size=65, block_size=64, n_embd=128, n_layer=3,
                       val_loss=1.0, val_loss_sparse=9.0, tlops_saved=0.9, macs_saved=0.9, ran=[1, 0.5, 0])
         (tmp_path / name / "result.json").write_text(json.dumps(result))
-        collected, = plot.read_rows([tmp_path / name], "")
+        collected, = plot.read_rows([tmp_path / name])
         assert collected["val_loss_sparse"] == (9.0 if name == "chain-halt3-s0" else 1.0)
         assert collected["tlops_saved"] == pytest.approx(1 - ran / L)
         assert collected["macs_saved"] == pytest.approx(1 - used / (L * layer + head))
     sizes = dict(n_embd=128, block_size=64, vocab_size=32, n_layer=6, ran=[0.5] * 6)
     task = row("copy-tsa-s0", 0.5, 1.0, model="exit", **sizes)
     plot.count(task)        # the sequences of copy and sort have only 42 tokens
-    assert task["macs_saved"] == tsa.savings(Config(model="exit", n_embd=128, vocab_size=32), [0.5] * 6, T=42)[1]
+    config = Config(model="exit", n_embd=128, vocab_size=32)
+    assert task["macs_saved"] == pytest.approx(tsa.savings(config, [0.5] * 6, T=42)[1])
+    nofloor = task | {"variant": "exit-nofloor"}
+    plot.count(nofloor)     # one more prediction, of 128 * 32 products
+    products = 6 * (12 * 128 ** 2 + 42 * 128) + 128 * 32
+    assert task["macs_saved"] - nofloor["macs_saved"] == pytest.approx(128 * 32 / products)
     assert plot.LAYERS == {"deep": 12, "drop": 12, "long": 12, "rate": 12, "twelve": 12}
     assert run_train("--model", "plain", "--max_iters", 1) == 0         # scored again, it is still one row
     assert run(depth, tmp_path / "run" / "ckpt.pt", "--device", "cpu") == 0
-    assert len(plot.read_rows([tmp_path / "run"], "")) == 1
+    assert len(plot.read_rows([tmp_path / "run"])) == 1
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())
+    (tmp_path / "run" / "scores.json").write_text(json.dumps([scores[0] | {"step": 0, "val_loss": 9.0}]))
+    assert plot.read_rows([tmp_path / "run"])[0]["val_loss"] < 9        # not a score of a run that had not finished
 
 
 def test_figures_show_what_their_axes_say(monkeypatch):
@@ -413,9 +444,9 @@ def test_figures_show_what_their_axes_say(monkeypatch):
     assert axes.errorbar.call_args.args[:2] == ((25,), (1.5,))
     low, high = axes.set.call_args.kwargs["ylim"]
     assert low < 1.5 < high
-    depth.draw_histogram(torch.tensor([[[1.0]], [[0.3]], [[0.7]]]), "x")
+    depth.draw_histogram(torch.tensor([[[1.0]], [[0.3]], [[0.7]]]), 0.1, "x")
     assert [call.args[0] for call in axes.hist.call_args_list] == [pytest.approx([0.3]), pytest.approx([0.7])]
-    assert axes.axvline.call_args.args == (0.5,)
+    assert axes.axvline.call_args.args == (0.1,)
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -2,17 +2,18 @@
 Train a modified model, as for many rows of report/README.md:
 
     python -m report.variants straight --data chain --lam 0.01      # a gate design; train.py's flags follow
-    python -m report.variants exit-heavy --model exit               # another change
+    python -m report.variants exit-heavy                            # another change
     python -m report.variants straight --init_from out/tsa-1/ckpt.pt --max_iters 400 --learning_rate 5e-4
 
 --init_from starts from the weights of a checkpoint. To continue a run, use `python -m report.variants NAME --resume
-DIR`, because train.py would drop the change. Importing this file only adds the gate designs.
+DIR`. Importing this file only adds the gate designs.
 """
 import functools
 
 import torch
 
 import train
+from data import UserError
 from tsa import GATES, Exit, Halt, Router, binary, skip, soft, token_loss
 
 
@@ -71,6 +72,7 @@ def same():
 VARIANTS = {"same": same, "constant": constant, "shares.4": functools.partial(shares, 0.4, 0.1, 0.5),
             "shares.1": functools.partial(shares, 0.1, 0.03, 0.87), "exit-nofloor": exit_nofloor,
             "exit-heavy": exit_heavy}
+MODEL_OF = {"shares.4": "halt", "shares.1": "halt", "exit-nofloor": "exit", "exit-heavy": "exit"}      # elsewhere tsa
 
 
 @train.one_line()
@@ -82,13 +84,19 @@ def main(argv=None):
     resumes = any(flag.startswith("--resume") for flag in flags)
     if args.name in VARIANTS:
         VARIANTS[args.name]()
+        train.FLAGS["variant"] = args.name, VARIANTS, "the change"         # stored in the checkpoint and in result.json
     elif not resumes:
         flags += ["--gate", args.name]
+    if not resumes:
+        flags = ["--model", MODEL_OF.get(args.name, "tsa"), *flags]
     if args.init_from and not resumes:
         start, make_optimizer = train.load_checkpoint(args.init_from)[0], train.make_optimizer
 
         def started(model):
-            model.load_state_dict(start.state_dict())
+            try:
+                model.load_state_dict(start.state_dict())
+            except RuntimeError:
+                raise UserError(f"--init_from {args.init_from} has other sizes: {start.config}") from None
             return make_optimizer(model)
         train.make_optimizer = started
     train.main(flags)
