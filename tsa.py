@@ -404,17 +404,15 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, sparse=Tru
 
 def multiply_adds(config, ran, T=None):
     """
-    The multiply-adds per token of all matrix products, if a share ran[l] of the tokens runs block l. T tokens (by
-    default a full window) are processed at once: keys, values and attention for all of them, the rest only for those
-    that run the block. (Generation takes a little less: if no token of a step runs a block, the block skips its
-    attention, too.)
+    The multiply-adds per token of all matrix products in a prefill of T tokens (by default a full window), if a share
+    ran[l] of them runs block l. (Generation takes a little less: if no token of a step runs a block, the block skips
+    its attention, too.)
     """
     C, L, T = config.n_embd, len(ran), T or config.block_size
     head = C * config.vocab_size
-    total = L * 2 * C * C                       # keys and values
-    total += L * T / 2 * 2 * C                  # attention to T / 2 keys on average: C for the score, C for the value
-    total += sum(ran) * 10 * C * C              # query 1, output projection 1, feed-forward 8
-    total += head
+    # For all tokens: keys and values, and attention to T / 2 keys on average, at C for the score and C for the value.
+    # For those that run a block: query (1 C^2), output projection (1 C^2) and feed-forward (8 C^2).
+    total = L * (2 * C * C + T / 2 * 2 * C) + sum(ran) * 10 * C * C + head
     if config.model in ("tsa", "halt"):
         total += (L - 1) * (C + 1) * max(C // 4, 16)        # routers
     if config.model == "exit":
@@ -424,10 +422,8 @@ def multiply_adds(config, ran, T=None):
 
 def savings(config, ran, T=None):
     """
-    What skipping saves, relative to a plain model with as many layers: the shares of the token-layer operations (one
-    token running one block; the paper's unit) and of the multiply-adds. The second is negative if the overhead exceeds
-    the saving.
+    The shares saved relative to a plain model with as many layers: of the token-layer operations (one token running one
+    block; the paper's unit), and of the multiply-adds (negative if the overhead exceeds the saving).
     """
-    L = len(ran)
-    plain = multiply_adds(replace(config, model="plain"), [1] * L, T)
-    return 1 - sum(ran) / L, 1 - multiply_adds(config, ran, T) / plain
+    plain = multiply_adds(replace(config, model="plain"), [1] * len(ran), T)
+    return 1 - sum(ran) / len(ran), 1 - multiply_adds(config, ran, T) / plain
