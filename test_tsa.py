@@ -914,7 +914,7 @@ def test_map_of_a_chain_marks_wrong_answers_and_takes_the_readers_own(capsys, mo
     assert all(color == "33" and c != " " or closed for color, c, closed in cells)      # a switch: deep blue or nothing
     assert [re.sub(r"\033\[[0-9;]*m", "", line) for line in colored.split("\n")[:6]] == plain.split("\n")[:6]
     scales = set(re.findall(r"48;5;(\d+)m", sampled(capsys, ckpt).out))
-    assert len(scales) == 4 and scales <= set(map(str, sample.BLUES))
+    assert len(scales) > 2 and scales <= set(map(str, sample.BLUES))
     refused(run(sample, ckpt, "--device", "cpu", "--prompt", "b7"), "'b' at place 1")
 
 
