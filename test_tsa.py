@@ -846,10 +846,15 @@ def test_color_of_a_character_is_its_depth(finished, capsys, monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     flags = [finished / "ckpt.pt", "--prompt", "The", "--max_new_tokens", 30, "--sparse"]
     model, saved = train.load_checkpoint(finished / "ckpt.pt")
+    for name, value in (("gate", "skip"), ("threshold", 0.85)):         # open gates far below 1
+        saved["config"][name] = value
+        setattr(model.config, name, value)
+    torch.save(saved, finished / "ckpt.pt")
     torch.manual_seed(0)
     steps = list(generate(model, torch.tensor([data.encode("The", saved["vocab"])]), 30, 0.8))
     text = "".join(saved["vocab"][idx_next] for idx_next, _ in steps)
-    depths, ran = [int(gates.sum()) for _, gates in steps], (sum(gates for _, gates in steps) / 30)[:, 0].tolist()
+    open_gates = torch.cat([gates != 0 for _, gates in steps], dim=1)                      # (L, 30)
+    depths, ran = open_gates.sum(0).tolist(), open_gates.double().mean(1).tolist()
     plain, remarks = sampled(capsys, *flags)
     tlops, macs = savings(model.config, ran)
     assert plain == "The" + text + "\n" and len(set(depths)) > 1

@@ -354,6 +354,7 @@ def test_models_are_compared_at_equal_multiply_adds_with_their_own_seed(tmp_path
             writer.writerow(row(f"{family}-{name}-s{seed}", None, loss, seed, model=model, **sizes))
     assert run(plot, "--rows", tmp_path / "r.csv", "--pool", "b", "a") == 0
     out = capsys.readouterr().out
+    assert re.search(r"a-plain5 .* n=2 .* 16.7% ± 0.0%", out)           # counted, whatever the file says
     assert re.search(r"a-several5 .* n=2  \+0.0750 ± 1.588[23]  -0.0500 \+0.2000", out)  # 12.706 · 0.177 / 2 ** .5
 
 
