@@ -153,6 +153,8 @@ def test_change_of_a_run_is_stored_and_cannot_be_dropped(run_train, tmp_path, re
     assert score["variant"] == result["variant"] == "constant"
     assert score["val_loss"] == pytest.approx(result["val_loss"])
     refused(run(depth, folder / "ckpt.pt", "--device", "cpu", "--split", "test"), "no test split")
+    assert run(variants, "exit-heavy", *small[:-1], f"--out_dir={tmp_path / 'exit'}") == 0
+    assert json.loads((tmp_path / "exit" / "result.json").read_text())["model"] == "exit"       # without --model
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -327,7 +329,7 @@ def test_mean_and_spread_are_over_the_seeds_of_a_name():
     assert sorted((line["name"], line["n"], line["val_loss"][0]) for line in summary) == [
         ("a-halt", 1, 5.0), ("a-halt", 1, 7.0), ("a-halt", 1, 8.0), ("a-halt", 2, 1.5), ("a-other", 1, 9.0)]
     assert next(line for line in summary if line["n"] == 2)["macs_saved"][1] == pytest.approx(0.5 ** 0.5)
-    assert plot.name_of({"run": "deep-several-soft-s1"}) == "deep-several-soft"
+    assert [plot.name_of({"run": f"deep-stretch{seed}"}) for seed in ("-s1", "")] == ["deep-stretch"] * 2
 
 
 def test_models_are_compared_at_equal_multiply_adds_with_their_own_seed(tmp_path, capsys):
