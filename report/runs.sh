@@ -95,6 +95,7 @@ for flags in "4e-3 300" "3e-3 600"; do
     set -- $flags
     run rate-plain12-lr$1-w$2 --data stdlib --model plain --n_layer 12 --learning_rate $1 --warmup_iters $2
 done
+run rate-plain12-drop0.1 --preset deep --model plain --dropout 0.1
 
 # Other settings, one seed
 run shakespeare-lr2e-3 --data shakespeare --model plain --learning_rate 2e-3
@@ -102,6 +103,7 @@ twelve="--data shakespeare --learning_rate 3e-3 --warmup_iters 300"
 for n in 6 9 12; do run twelve-plain$n $twelve --model plain --n_layer $n; done
 run twelve-halt-lam0.03 $twelve --model halt --n_layer 12
 for lam in 0.015 0.045; do run deep-halt-lam$lam --preset deep --model halt --lam $lam; done
+run shakespeare-stretch --data shakespeare --gate stretch
 run shakespeare-tsa-lam0 --data shakespeare --lam 0
 run shakespeare-tsa-lam0.05 --data shakespeare --lam 0.05
 run shakespeare-tsa-bias-3 --data shakespeare --gate_bias -3
