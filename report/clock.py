@@ -64,8 +64,7 @@ def decode(model, idx):
 def clock(models, text, work, B, seconds, device):
     """
     Time one kind of work on B windows of text (n, T). Return a row for each of `models` (name: model), relative to the
-    first.
-    `ms` is the median time of a prefill or of a decode step; `ms_low` and `ms_high` are its quartiles.
+    first. `ms` is the median time of a prefill or of a decode step; `ms_low` and `ms_high` are its quartiles.
     """
     idx, T = text.repeat(B // len(text) + 1, 1)[:B], text.size(1)
     make_call = {"prefill": prefill, "decode": decode}[work]
@@ -107,20 +106,20 @@ def main(argv=None):
     if args.ckpt:
         model, saved = load_checkpoint(args.ckpt)
         set_gate(model, args.gate, args.threshold)
-        text = data.load(saved["flags"]["data"]).windows("val", model.config.block_size)[0]
-        own = {f"own {model.config.gate}" if model.config.model == "tsa" else "own": model}
+        config = model.config
+        text = data.load(saved["flags"]["data"]).windows("val", config.block_size)[0]
+        own = {f"own {config.gate}" if config.model == "tsa" else "own": model}
     else:
         GATES["random"] = random_gate, random_gate
         config = Config(gate="random", block_size=256)
         own = {f"random {keep}": MODELS["tsa"](replace(config, threshold=keep)) for keep in KEEPS}
-        model = MODELS["plain"](config)
-        text = torch.randint(65, (64, 256))
-    L = model.config.n_layer
-    models = {f"plain {n}": MODELS["plain"](replace(model.config, model="plain", n_layer=n))
+        text = torch.randint(config.vocab_size, (64, config.block_size))
+    L = config.n_layer
+    models = {f"plain {n}": MODELS["plain"](replace(config, model="plain", n_layer=n))
               for n in args.layers or (L, max(L // 2, 1))} | own
     for each in models.values():
         each.to(device).eval()
-    print(f"{torch.get_num_threads()} threads on {device}, torch {torch.__version__}, {model.config}")
+    print(f"{torch.get_num_threads()} threads on {device}, torch {torch.__version__}, {config}")
     for work, batches in BATCHES.items():
         for B in batches:
             rows = clock(models, text.to(device), work, B, args.seconds, device)
