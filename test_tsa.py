@@ -97,12 +97,11 @@ def test_attention_by_hand():
     for b, t, head in itertools.product(range(2), range(8), (slice(0, 8), slice(8, 16))):
         weights = (k[b, :t + 1, head] @ q[b, t, head] / 8 ** 0.5).softmax(0)
         rows[b, t, head] = weights @ v[b, :t + 1, head]
-    expected, open = rows @ attn.proj.weight.T, (torch.tensor([0, 1, 1]), torch.tensor([5, 2, 7]))
+    expected = rows @ attn.proj.weight.T
     torch.testing.assert_close(attn(h, kv), expected)
-    torch.testing.assert_close(attn(h, kv, open), expected[open])
+    torch.testing.assert_close(attn(h, kv, torch.tensor([5, 10, 15])), expected[[0, 1, 1], [5, 2, 7]])
     torch.testing.assert_close(attn(h[:, -1:], kv), expected[:, -1:])       # the newest token alone
-    one = torch.tensor([1]), torch.tensor([0])                              # and only that of the second sequence
-    torch.testing.assert_close(attn(h[:, -1:], kv, one), expected[1:, -1])
+    torch.testing.assert_close(attn(h[:, -1:], kv, torch.tensor([1])), expected[1:, -1])        # of the second sequence
 
 
 def test_dropout_sits_at_the_papers_four_places(monkeypatch):
@@ -134,6 +133,23 @@ def test_gate_designs_follow_their_definitions(gate, expected):
     p = torch.tensor([.1, .5, .75, .9])
     for make_gate, values in zip(GATES[gate], expected):
         torch.testing.assert_close(make_gate(p, 0.75), torch.tensor(values))        # floats, both of them
+
+
+def hinge(p, threshold):
+    """A reader's own design: exact zeros, and no gradient there."""
+    return (1 - p / threshold).clamp(min=0)
+
+
+@pytest.mark.parametrize("pair, expected", [
+    (GATES["stretch"], True), ((hinge, hinge), True), (GATES["soft"], False), (GATES["skip"], False),
+    ((tsa.soft, tsa.soft), False),                          # 0 at p = 1, with a gradient
+    ((tsa.binary, tsa.binary), False),                      # no gradient at all
+    ((lambda p, threshold: tsa.binary(p, threshold) + p - p.detach(),) * 2, False),        # one at p > threshold only
+])
+def test_design_trains_sparse_only_if_a_closed_gate_passes_no_gradient(monkeypatch, pair, expected):
+    """Otherwise, a token that skips would lose its part of the gradient, and training would change in silence."""
+    monkeypatch.setitem(GATES, "own", pair)
+    assert tiny(gate="own").trains_sparse is expected
 
 
 def test_sequence_of_wrong_length_is_refused():
@@ -305,8 +321,28 @@ def test_sparse_block_computes_the_open_tokens_and_no_others(pattern, dtype, tol
                 cache.length = end
                 last = block(x[:, start:end], gate[:, start:end], True, cache)
             torch.testing.assert_close(last, expected[:, -1:], rtol=tolerance, atol=tolerance)
-    with pytest.raises(AssertionError, match="dropout"):        # in training, it would differ
-        block.train()(x, scale, sparse=True)
+
+
+@pytest.mark.parametrize("design", [tsa.stretch, hinge])
+@pytest.mark.parametrize("shifts", [(-20, -20, -20), (0, 0, 0), (3, 3, 3), (0, 50, 0)])     # of the routers' logits
+def test_sparse_training_step_has_the_gradients_of_a_full_one(monkeypatch, design, shifts):
+    """Skipping while training changes no gradient: with all gates open, some, few, or none of one block."""
+    monkeypatch.setitem(GATES, "own", (design, design))
+    model, seen, gradients = tiny(gate="own", threshold=0.8).double().train(), [], []
+    for router, shift in zip(model.routers, shifts):
+        router.out.bias.data += shift
+    for block in model.blocks[1:]:
+        watch(block, seen)
+    for model.trains_sparse in (True, False):
+        task, gates = model.loss(tokens(B=13), tokens(B=13, seed=2))
+        # An unused parameter, which AdamW would not decay, raises an error.
+        gradients.append(torch.autograd.grad(task + 0.3 * gates[1:].mean(), list(model.parameters())))
+    for sparse, full in zip(*gradients):
+        torch.testing.assert_close(sparse, full, rtol=0, atol=1e-9)
+    N = (gates[1:] != 0).sum((1, 2)).tolist()
+    assert (min(N) == 208) == (shifts[0] == -20) and (min(N) == 0) == (50 in shifts)
+    rows = [min(math.ceil(n / 64) * 64, 208) for n in N]       # rounded up to a multiple of 64, so that few sizes occur
+    assert [shape.numel() for layer, shape in seen if layer == "fc"] == rows + [208] * 3
 
 
 HARD = [dict(model="plain"), dict(model="tsa", gate="soft"), dict(model="tsa", gate="skip"),
@@ -670,10 +706,11 @@ def interrupt(patch, step):
     patch.setattr(torch, "save", interrupted)
 
 
-@pytest.mark.parametrize("model, step", [("tsa", 10), ("halt", 40)])        # the first evaluation, and a later one
+@pytest.mark.parametrize("model, step", [       # the first evaluation, with sparse training, and a later one
+    (["--gate", "stretch", "--batch_size", 16, *WILD], 10), (["--model", "halt"], 40)])
 def test_interrupted_run_resumes_to_the_bit(run_train, tmp_path, monkeypatch, model, step):
     """After Ctrl-C, even while the first checkpoint is being saved, --resume gives the results of a whole run."""
-    flags = ["--model", model, "--max_iters", 50, "--eval_interval", 10, "--dropout", 0.1, "--seed", 5]
+    flags = [*model, "--max_iters", 50, "--eval_interval", 10, "--dropout", 0.1, "--seed", 5]
     assert run_train(*flags, "--out_dir", tmp_path / "whole") == 0
     with monkeypatch.context() as patch:
         interrupt(patch, step)
@@ -713,13 +750,32 @@ def test_task_trains_on_its_own_sequences_in_bfloat16(run_train, tmp_path, monke
     assert all(list(pair) in known for pair in seen[:4] + seen[-4:])
 
 
-def test_compiled_loss_trains_the_same_model(run_train, tmp_path, monkeypatch):
-    """One graph without breaks, and the weights of a run without --compile."""
+def test_sparse_training_reaches_the_losses_of_full_training(run_train, tmp_path, capsys, monkeypatch):
+    """60 steps, in float32, during which blocks close for all tokens and open again."""
+    flags = ["--gate", "stretch", "--lam", 1, "--warmup_iters", 0, "--learning_rate", 0.02, "--batch_size", 16,
+             "--max_iters", 60, "--eval_interval", 10]
+    can_train_sparse, runs = tsa.can_train_sparse, []
+    for word in ("sparse", "full"):
+        monkeypatch.setattr(tsa, "can_train_sparse", lambda config: word == "sparse" and can_train_sparse(config))
+        assert run_train(*flags, "--out_dir", tmp_path / word) == 0
+        assert f"parameters; {word} training;" in capsys.readouterr().out
+        runs.append(train.load_checkpoint(tmp_path / word / "ckpt.pt")[1])
+    sparse, full = runs
+    assert [a["loss"] for a in sparse["rows"]] == pytest.approx([b["loss"] for b in full["rows"]], abs=1e-6)
+    assert {share == 0 for row in full["rows"] for share in row["ran"]} == {True, False}
+    for name in full["model"]:
+        torch.testing.assert_close(sparse["model"][name], full["model"][name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", [["--model", "halt"], ["--gate", "stretch"]])
+def test_compiled_loss_trains_the_same_model(run_train, tmp_path, capsys, monkeypatch, model):
+    """One graph without breaks, so no sparse training, and the weights of a run without --compile."""
     compiled, losses = torch.compile, []
     monkeypatch.setattr(torch, "compile", lambda loss: losses.append(loss) or compiled(loss, fullgraph=True,
                                                                                       backend="aot_eager"))
     for flag in (0, 1):
-        assert run_train("--model", "halt", "--max_iters", 2, "--compile", flag, "--out_dir", tmp_path / str(flag)) == 0
+        assert run_train(*model, "--max_iters", 2, "--compile", flag, "--out_dir", tmp_path / str(flag)) == 0
+    assert "full training" in capsys.readouterr().out.partition("compile=1")[2]
     a, b = (train.load_checkpoint(tmp_path / str(flag) / "ckpt.pt")[1]["model"] for flag in (0, 1))
     assert len(losses) == 1
     for name in a:

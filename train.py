@@ -336,6 +336,9 @@ def main(argv=None):
         model = MODELS[config.model](config)
         run = {"config": vars(config), "vocab": corpus.vocab, "prompt": corpus.prompt, "checksum": checksum,
                "example": corpus.example[:args.block_size], "step": 0, "rows": [], "seconds": 0.0}
+    if args.compile or args.device != "cpu":
+        # The number of open tokens varies: torch.compile would compile again and again, and a GPU would wait for it.
+        model.trains_sparse = False
     optimizer = make_optimizer(model.to(args.device))
     if "optimizer" in run:
         optimizer.load_state_dict(run["optimizer"])
@@ -348,8 +351,8 @@ def main(argv=None):
 
     n_params = sum(parameter.numel() for parameter in model.parameters())
     print(*(f"{name}={value}" for name, value in vars(args).items()))
-    print(f"{n_params:,} parameters; a checkpoint is saved every {args.eval_interval} steps; to resume from it: "
-          f"python train.py --resume {out_dir}")
+    print(f"{n_params:,} parameters; {'sparse' if model.trains_sparse else 'full'} training; a checkpoint is saved "
+          f"every {args.eval_interval} steps; to resume from it: python train.py --resume {out_dir}")
     train(model, optimizer, corpus, windows, args, run, out_dir)
 
     print()

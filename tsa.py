@@ -67,6 +67,19 @@ def stretch(p, threshold):
 # name: (training gate, inference gate)
 GATES = {"soft": (soft, binary), "skip": (soft, skip), "stretch": (stretch, stretch)}
 
+def can_train_sparse(config):
+    """
+    Whether a sparse pass gives the same gradients as a full pass, so that training can skip, too: both functions of the
+    design are the same, and a gate of 0 passes no gradient to p. This is tested on a grid of p.
+    """
+    training_gate, inference_gate = GATES[config.gate]
+    p = torch.linspace(0, 1, 1000).view(1, -1).requires_grad_()     # (1, 1000), without kinks such as 0.9 or 6/7
+    gate = training_gate(p, config.threshold)
+    if training_gate is not inference_gate or not gate.requires_grad:
+        return False
+    grad, = torch.autograd.grad(gate[gate == 0].sum(), p)
+    return not grad.any().item()
+
 
 class Router(nn.Module):
     """The router, equation (3): x (..., C) -> p (...), the probability of skipping the next block, or of halting."""
@@ -86,6 +99,15 @@ class Router(nn.Module):
         return torch.sigmoid(self.logit(x))
 
 
+def gather(x, rows):
+    """Pick N tokens of a batch: x (B, T, ...), their indices `rows` (N,) in 0 ... B * T - 1 -> (N, ...)."""
+    return x.flatten(0, 1).index_select(0, rows)
+
+def scatter(x, rows, y):
+    """Return x (B, T, C), with the N tokens at `rows` (N,) replaced by y (N, C)."""
+    return x.flatten(0, 1).index_copy(0, rows, y).view(x.shape)
+
+
 class Attention(nn.Module):
     """Causal multi-head attention without biases. Queries may come from only some tokens, keys and values from all."""
 
@@ -101,20 +123,20 @@ class Attention(nn.Module):
     def forward(self, h, kv, rows=None):
         """
         Queries come from h (B, T, C). kv (B, S, 2C) holds the keys and values of S tokens: those of h and, before them,
-        those in the KV cache, if there is one. Return (B, T, C). If `rows` gives the indices (N,) and (N,) of the
-        tokens that run the block, only these get an output: (N, C).
+        those in the KV cache, if there is one. Return (B, T, C). If `rows` (N,) gives the indices of the tokens that
+        run the block, only these get an output: (N, C).
         """
         B, T, C = h.shape
-        q = self.query(h if rows is None else h[rows])
+        q = self.query(h if rows is None else gather(h, rows))
         if rows is not None:        # the kernel expects a query for every token: zeros for those that skip
-            q = q.new_zeros(B, T, C).index_put(rows, q)
+            q = scatter(q.new_zeros(B, T, C), rows, q)
         q = q.view(B, T, self.n_head, -1).transpose(1, 2)                                  # (B, nh, T, hs)
         k, v = kv.view(B, -1, 2, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)     # (B, nh, S, hs) each
         dropout_p = self.dropout if self.training else 0.0
         # A single query is that of the newest token, which attends to all S keys; otherwise S = T.
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=T > 1)
         y = y.transpose(1, 2).flatten(2)                                                   # (B, T, C)
-        return self.proj(y if rows is None else y[rows])
+        return self.proj(y if rows is None else gather(y, rows))
 
 
 class FeedForward(nn.Module):
@@ -156,16 +178,20 @@ class Block(nn.Module):
             return x + self.ffn(self.ln2(x))
 
         if sparse:
-            assert not self.training, "call eval() first: with fewer rows, dropout would draw other random numbers"
-            # For gates [[0, 1, 1], [1, 0, 0]], rows is ([0, 0, 1], [1, 2, 0]), and y is x[0, 1], x[0, 2], x[1, 0].
-            rows = gate.nonzero(as_tuple=True)                                             # (N,) and (N,)
-            if len(rows[0]) == 0:
+            # For gates [[0, 1, 1], [1, 0, 0]], rows is [1, 2, 3], and y is x[0, 1], x[0, 2], x[1, 0].
+            rows = gate.flatten().nonzero().squeeze(1)                                     # (N,)
+            if self.training:
+                # In bfloat16, a CPU compiles kernels for each new N, so some closed tokens, which change nothing, round
+                # N up. Even if N is 0, the block runs, because AdamW ignores weights without a gradient.
+                closed = (gate == 0).flatten().nonzero().squeeze(1)
+                rows = torch.cat([rows, closed[:-len(rows) % 64]])
+            elif len(rows) == 0:
                 return x
-            if len(rows[0]) < gate.numel():         # otherwise all tokens run, without gathering
-                y, gate = x[rows], gate[rows].to(x.dtype).unsqueeze(-1)                    # gather: (N, C), (N, 1)
+            if len(rows) < gate.numel():        # otherwise all tokens run, without gathering
+                y, gate = gather(x, rows), gather(gate, rows).to(x.dtype).unsqueeze(-1)    # (N, C), (N, 1)
                 y = y + gate * self.attn(h, kv, rows)                                      # equation (1)
                 y = y + gate * self.ffn(self.ln2(y))                                       # equation (2)
-                return x.index_put(rows, y)                                                # scatter
+                return scatter(x, rows, y)
         gate = gate.to(x.dtype).unsqueeze(-1)                                              # (B, T, 1)
         x = x + gate * self.attn(h, kv)                                                    # equation (1)
         return x + gate * self.ffn(self.ln2(x))                                            # equation (2)
@@ -178,6 +204,7 @@ def token_loss(logits, targets):
 
 class Transformer(nn.Module):
     """The plain transformer. The other models have a `forward` of their own."""
+    trains_sparse = False       # whether `loss` runs a sparse pass
 
     def __init__(self, config):
         super().__init__()
@@ -218,7 +245,7 @@ class Transformer(nn.Module):
 
     def loss(self, idx, targets):
         """idx, targets (B, T) -> the task loss (mean over the scored tokens) and the gates (L, B, T)."""
-        logits, gates = self(idx)
+        logits, gates = self(idx, self.trains_sparse)
         return token_loss(logits, targets).sum() / (targets >= 0).sum(), gates
 
 
@@ -228,6 +255,7 @@ class TSA(Transformer):
     def __init__(self, config):
         super().__init__(config)
         self.routers = nn.ModuleList(Router(config) for _ in range(config.n_layer - 1))
+        self.trains_sparse = can_train_sparse(config)       # with dropout, the random numbers differ from a full pass
 
     def forward(self, idx, sparse=False, cache=None):
         training_gate, inference_gate = GATES[self.config.gate]
