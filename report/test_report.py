@@ -311,6 +311,27 @@ def test_clock_decodes_the_second_half_of_the_text():
     assert torch.equal(torch.cat(seen, 1), torch.cat([idx[:, 8:]] * 2, 1)) and len(seen) == 2 * 8
 
 
+def test_clock_times_whole_training_steps_sparse_and_full(finished, monkeypatch):  # noqa: F811
+    """A step without its optimizer would be too fast, and one that learned would change the gates between rounds."""
+    steps, counted = [], []
+    monkeypatch.setattr(clock, "TRAINING_TOKENS", 5 * 16)
+    monkeypatch.setattr(clock, "timed", lambda call, device: call() or 1)
+    monkeypatch.setattr(tsa.TSA, "loss", lambda self, idx, targets, loss=tsa.TSA.loss: steps.append(
+        (self.trains_sparse, torch.equal(idx[:, 1:], targets[:, :-1]), *idx.shape)) or loss(self, idx, targets))
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, step=torch.optim.AdamW.step: counted.append(
+        [p.detach().clone() for group in self.param_groups for p in group["params"]]) or step(self))
+    flags = ["--device", "cpu", "--gate", "stretch", "--layers", 3, "--seconds", 0, "--train"]
+    for dtype in ("float32", "bfloat16"):
+        assert run(clock, finished / "ckpt.pt", *flags, dtype, "--out", finished / "c.csv") == 0
+    with open(finished / "c.csv", newline="") as file:
+        plain, own, full = list(csv.DictReader(file))[:3]
+    assert [own["work"], own["batch"], own["gates"], full["gates"]] == ["train float32", "5", "own stretch", "full"]
+    assert 0 < float(own["open"]) < 1 == float(full["open"]) and float(own["predicted"]) > 1 > float(full["predicted"])
+    assert steps == [(True, True, 5, 16), (False, True, 5, 16)] * 2 * 4 and len(counted) == 3 * 2 * 4
+    assert all(torch.equal(a, b) for a, b in zip(counted[1], counted[10]))      # the sparse model, three rounds apart
+    refused(run(clock, finished / "ckpt.pt", "--n_embd", 32), "random weights")
+
+
 def test_random_gates_are_open_as_often_as_the_table_says(monkeypatch):
     """The router is computed, so that its cost counts, and ignored."""
     p = torch.full((100, 100), 0.9)
