@@ -2,6 +2,7 @@
 Run with `python -m pytest -q`; no network or GPU is needed. The tests of the models come first, in the order of tsa.py;
 those of the data and the programs begin at `# data.py`. The tests of report/ are in report/test_report.py.
 """
+import argparse
 import hashlib
 import itertools
 import json
@@ -149,7 +150,8 @@ def hinge(p, threshold):
 def test_design_trains_sparse_only_if_a_closed_gate_passes_no_gradient(monkeypatch, pair, expected):
     """Otherwise, a token that skips would lose its part of the gradient, and training would change in silence."""
     monkeypatch.setitem(GATES, "own", pair)
-    assert tiny(gate="own").trains_sparse is expected
+    assert tsa.can_train_sparse(Config(gate="own")) is expected
+    assert not tsa.can_train_sparse(Config(model="halt", gate="own"))
 
 
 def test_sequence_of_wrong_length_is_refused():
@@ -333,8 +335,8 @@ def test_sparse_training_step_has_the_gradients_of_a_full_one(monkeypatch, desig
         router.out.bias.data += shift
     for block in model.blocks[1:]:
         watch(block, seen)
-    for model.trains_sparse in (True, False):
-        task, gates = model.loss(tokens(B=13), tokens(B=13, seed=2))
+    for sparse in (True, False):
+        task, gates = model.loss(tokens(B=13), tokens(B=13, seed=2), sparse)
         # An unused parameter, which AdamW would not decay, raises an error.
         gradients.append(torch.autograd.grad(task + 0.3 * gates[1:].mean(), list(model.parameters())))
     for sparse, full in zip(*gradients):
@@ -754,17 +756,27 @@ def test_sparse_training_reaches_the_losses_of_full_training(run_train, tmp_path
     """60 steps, in float32, during which blocks close for all tokens and open again."""
     flags = ["--gate", "stretch", "--lam", 1, "--warmup_iters", 0, "--learning_rate", 0.02, "--batch_size", 16,
              "--max_iters", 60, "--eval_interval", 10]
-    can_train_sparse, runs = tsa.can_train_sparse, []
+    can_train_sparse, open_rows, runs, gathered = tsa.can_train_sparse, tsa.open_rows, [], []
+    monkeypatch.setattr(tsa, "open_rows", lambda gate, training: gathered.append(training) or open_rows(gate, training))
     for word in ("sparse", "full"):
-        monkeypatch.setattr(tsa, "can_train_sparse", lambda config: word == "sparse" and can_train_sparse(config))
+        monkeypatch.setattr(train, "can_train_sparse", lambda config: word == "sparse" and can_train_sparse(config))
+        gathered.clear()
         assert run_train(*flags, "--out_dir", tmp_path / word) == 0
-        assert f"parameters; {word} training;" in capsys.readouterr().out
+        assert f"training: {word}\n" in capsys.readouterr().out and sum(gathered) == (word == "sparse") * 60 * 2
         runs.append(train.load_checkpoint(tmp_path / word / "ckpt.pt")[1])
     sparse, full = runs
     assert [a["loss"] for a in sparse["rows"]] == pytest.approx([b["loss"] for b in full["rows"]], abs=1e-6)
     assert {share == 0 for row in full["rows"] for share in row["ran"]} == {True, False}
     for name in full["model"]:
         torch.testing.assert_close(sparse["model"][name], full["model"][name], rtol=0, atol=1e-5)
+
+
+def test_training_on_a_gpu_is_full(capsys):
+    """There, each block would wait until the number of open tokens is known."""
+    for device in ("cpu", "cuda"):
+        args = argparse.Namespace(device=device, compile=0, max_iters=0)
+        train.train(tiny(gate="stretch"), None, None, None, args, {"step": 0, "seconds": 0.0}, None)
+    assert capsys.readouterr().out == "training: sparse\ntraining: full\n"
 
 
 @pytest.mark.parametrize("model", [["--model", "halt"], ["--gate", "stretch"]])
@@ -775,7 +787,7 @@ def test_compiled_loss_trains_the_same_model(run_train, tmp_path, capsys, monkey
                                                                                       backend="aot_eager"))
     for flag in (0, 1):
         assert run_train(*model, "--max_iters", 2, "--compile", flag, "--out_dir", tmp_path / str(flag)) == 0
-    assert "full training" in capsys.readouterr().out.partition("compile=1")[2]
+    assert "training: full\n" in capsys.readouterr().out.partition("compile=1")[2]
     a, b = (train.load_checkpoint(tmp_path / str(flag) / "ckpt.pt")[1]["model"] for flag in (0, 1))
     assert len(losses) == 1
     for name in a:

@@ -10,6 +10,7 @@ bit on a CPU), and evaluation does not affect training.
 import argparse
 import contextlib
 import ctypes
+import functools
 import itertools
 import json
 import math
@@ -23,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import data
 from data import UserError
-from tsa import GATES, MODELS, Config, Halt, savings, token_loss
+from tsa import GATES, MODELS, Config, Halt, can_train_sparse, savings, token_loss
 
 LOG_INTERVAL = 20
 EVAL_WINDOWS = 64       # validation windows scored during training; the final score uses the whole split
@@ -86,7 +87,12 @@ def train(model, optimizer, corpus, windows, args, run, out_dir):
     Train from the step after run["step"] on. `run` is the contents of the checkpoint; every evaluation (on the first
     EVAL_WINDOWS of the windows idx, targets (n, T)) updates and saves it.
     """
-    loss_of = torch.compile(model.loss) if args.compile else model.loss
+    # Not with torch.compile, which would compile anew for each number of open tokens, or on a GPU, which would wait.
+    sparse = args.device == "cpu" and not args.compile and can_train_sparse(model.config)
+    print("training:", "sparse" if sparse else "full")
+    loss_of = functools.partial(model.loss, sparse=True) if sparse else model.loss
+    if args.compile:
+        loss_of = torch.compile(loss_of)
     max_lam, lam_ramp = getattr(args, "lam", 0), getattr(args, "lam_ramp", 0)      # plain and exit have no penalty
     name = "reach" if isinstance(model, Halt) else "gates"      # Halt returns probabilities of reaching each block
     began = time.perf_counter() - run["seconds"]
@@ -336,9 +342,6 @@ def main(argv=None):
         model = MODELS[config.model](config)
         run = {"config": vars(config), "vocab": corpus.vocab, "prompt": corpus.prompt, "checksum": checksum,
                "example": corpus.example[:args.block_size], "step": 0, "rows": [], "seconds": 0.0}
-    if args.compile or args.device != "cpu":
-        # The number of open tokens varies: torch.compile would compile again and again, and a GPU would wait for it.
-        model.trains_sparse = False
     optimizer = make_optimizer(model.to(args.device))
     if "optimizer" in run:
         optimizer.load_state_dict(run["optimizer"])
@@ -351,8 +354,8 @@ def main(argv=None):
 
     n_params = sum(parameter.numel() for parameter in model.parameters())
     print(*(f"{name}={value}" for name, value in vars(args).items()))
-    print(f"{n_params:,} parameters; {'sparse' if model.trains_sparse else 'full'} training; a checkpoint is saved "
-          f"every {args.eval_interval} steps; to resume from it: python train.py --resume {out_dir}")
+    print(f"{n_params:,} parameters; a checkpoint is saved every {args.eval_interval} steps; to resume from it: "
+          f"python train.py --resume {out_dir}")
     train(model, optimizer, corpus, windows, args, run, out_dir)
 
     print()

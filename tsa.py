@@ -16,7 +16,8 @@ Nothing is sampled: the gate is computed from p. Every model runs in two ways:
     model(idx)                  full: every block is computed for every token, scaled by the training gates, if any
     model(idx, sparse=True)     sparse: a token whose inference gate is 0 skips the block and keeps its x
 
-Other tokens still attend to the keys and values of a token that skips, so a skipped block is cheap, but not free.
+Training uses a full pass, or a sparse one if its gradients are the same (can_train_sparse). Other tokens still attend
+to the keys and values of a token that skips, so a skipped block is cheap, but not free.
 
 Shapes: B sequences of T tokens, C = n_embd channels, nh heads of size hs = C / nh, V characters, L blocks. N tokens of
 the batch run a block; S tokens per sequence provide keys and values (T, or more if earlier tokens are in a KV cache).
@@ -69,13 +70,17 @@ GATES = {"soft": (soft, binary), "skip": (soft, skip), "stretch": (stretch, stre
 
 def can_train_sparse(config):
     """
-    Whether a sparse pass gives the same gradients as a full pass, so that training can skip, too: both functions of the
-    design are the same, and a gate of 0 passes no gradient to p. This is tested on a grid of p.
+    Whether the model can train with a sparse pass, because its gradients are those of a full pass: both functions of
+    the design are the same, and a gate of 0 passes no gradient to p (tested on a grid of p). With dropout, the two
+    passes draw different random numbers.
     """
     training_gate, inference_gate = GATES[config.gate]
-    p = torch.linspace(0, 1, 1000).view(1, -1).requires_grad_()     # (1, 1000), without kinks such as 0.9 or 6/7
+    if config.model != "tsa" or training_gate is not inference_gate:
+        return False
+    # 997 is prime, so the grid leaves out numbers such as 0.9 or 6/7, at which a clamp still passes a gradient.
+    p = torch.linspace(0, 1, 998).view(1, -1).requires_grad_()                             # (1, 998)
     gate = training_gate(p, config.threshold)
-    if training_gate is not inference_gate or not gate.requires_grad:
+    if not gate.requires_grad:
         return False
     grad, = torch.autograd.grad(gate[gate == 0].sum(), p)
     return not grad.any().item()
@@ -99,12 +104,24 @@ class Router(nn.Module):
         return torch.sigmoid(self.logit(x))
 
 
+def open_rows(gate, training):
+    """
+    The indices (N,) of the tokens whose gate (B, T) is not 0: for [[0, 1, 1], [1, 0, 0]], they are [1, 2, 3]. In
+    training, some closed tokens, which change nothing, round N up to a multiple of 64, because a CPU compiles bfloat16
+    kernels for each N.
+    """
+    rows = gate.flatten().nonzero().squeeze(1)                                             # (N,)
+    if training:
+        closed, missing = (gate == 0).flatten().nonzero().squeeze(1), -len(rows) % 64
+        rows = torch.cat([rows, closed[:missing]])
+    return rows
+
 def gather(x, rows):
-    """Pick N tokens of a batch: x (B, T, ...), their indices `rows` (N,) in 0 ... B * T - 1 -> (N, ...)."""
+    """Pick the tokens at rows (N,) of a batch: x (B, T, ...) -> (N, ...)."""
     return x.flatten(0, 1).index_select(0, rows)
 
 def scatter(x, rows, y):
-    """Return x (B, T, C), with the N tokens at `rows` (N,) replaced by y (N, C)."""
+    """Return x (B, T, C) with the tokens at rows (N,) replaced by y (N, C)."""
     return x.flatten(0, 1).index_copy(0, rows, y).view(x.shape)
 
 
@@ -128,7 +145,7 @@ class Attention(nn.Module):
         """
         B, T, C = h.shape
         q = self.query(h if rows is None else gather(h, rows))
-        if rows is not None:        # the kernel expects a query for every token: zeros for those that skip
+        if rows is not None:        # the kernel expects T queries: zeros for those that skip, dropped below
             q = scatter(q.new_zeros(B, T, C), rows, q)
         q = q.view(B, T, self.n_head, -1).transpose(1, 2)                                  # (B, nh, T, hs)
         k, v = kv.view(B, -1, 2, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)     # (B, nh, S, hs) each
@@ -178,14 +195,8 @@ class Block(nn.Module):
             return x + self.ffn(self.ln2(x))
 
         if sparse:
-            # For gates [[0, 1, 1], [1, 0, 0]], rows is [1, 2, 3], and y is x[0, 1], x[0, 2], x[1, 0].
-            rows = gate.flatten().nonzero().squeeze(1)                                     # (N,)
-            if self.training:
-                # In bfloat16, a CPU compiles kernels for each new N, so some closed tokens, which change nothing, round
-                # N up. Even if N is 0, the block runs, because AdamW ignores weights without a gradient.
-                closed = (gate == 0).flatten().nonzero().squeeze(1)
-                rows = torch.cat([rows, closed[:-len(rows) % 64]])
-            elif len(rows) == 0:
+            rows = open_rows(gate, self.training)                                          # (N,)
+            if len(rows) == 0 and not self.training:    # in training, weight decay needs a gradient, even if it is 0
                 return x
             if len(rows) < gate.numel():        # otherwise all tokens run, without gathering
                 y, gate = gather(x, rows), gather(gate, rows).to(x.dtype).unsqueeze(-1)    # (N, C), (N, 1)
@@ -204,7 +215,6 @@ def token_loss(logits, targets):
 
 class Transformer(nn.Module):
     """The plain transformer. The other models have a `forward` of their own."""
-    trains_sparse = False       # whether `loss` runs a sparse pass
 
     def __init__(self, config):
         super().__init__()
@@ -243,9 +253,9 @@ class Transformer(nn.Module):
     def head(self, h):
         return F.linear(h, self.wte.weight).float()
 
-    def loss(self, idx, targets):
+    def loss(self, idx, targets, sparse=False):
         """idx, targets (B, T) -> the task loss (mean over the scored tokens) and the gates (L, B, T)."""
-        logits, gates = self(idx, self.trains_sparse)
+        logits, gates = self(idx, sparse)
         return token_loss(logits, targets).sum() / (targets >= 0).sum(), gates
 
 
@@ -255,7 +265,6 @@ class TSA(Transformer):
     def __init__(self, config):
         super().__init__(config)
         self.routers = nn.ModuleList(Router(config) for _ in range(config.n_layer - 1))
-        self.trains_sparse = can_train_sparse(config)       # with dropout, the random numbers differ from a full pass
 
     def forward(self, idx, sparse=False, cache=None):
         training_gate, inference_gate = GATES[self.config.gate]

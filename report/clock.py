@@ -66,16 +66,17 @@ def decode(model, idx):
     return call
 
 
-def training_step(model, idx, dtype):
+def training_step(model, idx, sparse, dtype):
     """Return a function that runs a training step on idx (B, T), with a learning rate of 0."""
     model.train()
     optimizer = make_optimizer(model)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
+    loss_of = functools.partial(model.loss, sparse=True) if sparse else model.loss
 
     def call():
         with precision(idx.device.type, dtype):
-            loss, gates = model.loss(idx, idx.roll(-1, 1))
+            loss, gates = loss_of(idx, idx.roll(-1, 1))
             loss = loss + 0.001 * gates[1:].mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -87,13 +88,15 @@ def training_step(model, idx, dtype):
 def clock(models, text, work, B, seconds, device):
     """
     Time one kind of work ("prefill", "decode", or "train" and the dtype) on B windows of text (n, T). Return a row for
-    each of `models` (name: model), relative to the first. `ms` is the median time of a prefill, a decode step or a training step; `ms_low` and `ms_high` are its
-    quartiles.
+    each of `models` (name: model), relative to the first. The model called "full" trains in full. `ms` is the median
+    time of a prefill, a decode step or a training step; `ms_low` and `ms_high` are its quartiles.
     """
     idx, T = text.repeat(B // len(text) + 1, 1)[:B], text.size(1)
     kind, *dtype = work.split()
-    make_call = {"prefill": prefill, "decode": decode, "train": training_step}[kind]
-    calls = [make_call(model, idx, *dtype) for model in models.values()]
+    if kind == "train":
+        calls = [training_step(model, idx, name != "full", *dtype) for name, model in models.items()]
+    else:
+        calls = [{"prefill": prefill, "decode": decode}[kind](model, idx) for model in models.values()]
     rounds, end = [], time.perf_counter() + seconds
     while len(rounds) < 4 or time.perf_counter() < end:
         rounds.append([timed(call, device) for call in calls])
@@ -102,10 +105,9 @@ def clock(models, text, work, B, seconds, device):
     rows, baseline = [], next(iter(models.values())).config
     for (name, model), times in zip(models.items(), all_times):
         low, median, high = (1000 * t / steps for t in statistics.quantiles(times, n=4))
-        sparse = kind != "train" or model.trains_sparse
         with torch.no_grad():
-            gates = model(idx, sparse)[1][:, :, start:]
-        ran = [1.0] * len(gates) if not sparse else (gates != 0).cpu().double().mean((1, 2)).tolist()
+            gates = model(idx, sparse=True)[1][:, :, start:]
+        ran = (torch.ones_like(gates) if name == "full" else gates != 0).cpu().double().mean((1, 2)).tolist()
         predicted = multiply_adds(baseline, [1] * baseline.n_layer, T) / multiply_adds(model.config, ran, T)
         rows.append({"work": work, "batch": B, "gates": name, "open": sum(ran[1:]) / max(len(ran) - 1, 1), "ms": median,
                      "ms_low": low, "ms_high": high, "predicted": predicted,
@@ -144,15 +146,15 @@ def main(argv=None):
         own = {f"own {config.gate}" if config.model == "tsa" else "own": model}
     else:
         GATES["random"] = random_gate, random_gate
-        config = Config(gate="random", block_size=256, n_embd=args.n_embd or 256)
+        config = Config(gate="random", block_size=256, n_embd=args.n_embd or 256, dropout=0.0)
         own = {f"random {keep}": MODELS["tsa"](replace(config, threshold=keep)) for keep in KEEPS}
         text = torch.randint(config.vocab_size, (64, config.block_size))
     works = BATCHES
     if args.train:
         works = {f"train {args.train}": (max(TRAINING_TOKENS // text.size(1), 1),)}
-        own["full"] = copy.deepcopy(next(iter(own.values())))
-        for name, each in own.items():      # random gates need no gradient
-            each.trains_sparse = name != "full" and (not args.ckpt or can_train_sparse(config))
+        if args.ckpt and not can_train_sparse(config):
+            raise UserError(f"{args.ckpt} trains in full, with or without skipping: --train needs a gate like stretch")
+        own["full"] = next(iter(own.values()))
     L = config.n_layer
     models = {f"plain {n}": MODELS["plain"](replace(config, model="plain", n_layer=n))
               for n in args.layers or (L, max(L // 2, 1))} | own
@@ -170,7 +172,8 @@ def main(argv=None):
                     writer = csv.DictWriter(file, ["model", *rows[0]])
                     if file.tell() == 0:        # a new file
                         writer.writeheader()
-                    writer.writerows({"model": args.ckpt or "random weights"} | row for row in rows)
+                    writer.writerows({"model": args.ckpt or f"random weights, width {config.n_embd}"} | row
+                                     for row in rows)
 
 
 if __name__ == "__main__":

@@ -199,3 +199,7 @@ python -m report.clock --out report/clock.csv
 python -m report.clock report/chain-halt.pt --out report/clock.csv
 python -m report.clock report/python-skip.pt --layers 12 10 9 --out report/clock.csv
 python -m report.clock out/deep-stretch-s0/ckpt.pt --layers 12 9 --out report/clock.csv
+for dtype in float32 bfloat16; do
+    python -m report.clock out/deep-stretch-s0/ckpt.pt --layers 12 10 9 --train $dtype --out report/clock.csv
+done
+for n in 128 256 512; do python -m report.clock --layers 6 --n_embd $n --train float32 --out report/clock.csv; done

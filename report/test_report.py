@@ -316,8 +316,8 @@ def test_clock_times_whole_training_steps_sparse_and_full(finished, monkeypatch)
     steps, counted = [], []
     monkeypatch.setattr(clock, "TRAINING_TOKENS", 5 * 16)
     monkeypatch.setattr(clock, "timed", lambda call, device: call() or 1)
-    monkeypatch.setattr(tsa.TSA, "loss", lambda self, idx, targets, loss=tsa.TSA.loss: steps.append(
-        (self.trains_sparse, torch.equal(idx[:, 1:], targets[:, :-1]), *idx.shape)) or loss(self, idx, targets))
+    monkeypatch.setattr(tsa.TSA, "loss", lambda self, idx, targets, sparse=False, loss=tsa.TSA.loss: steps.append(
+        (sparse, torch.equal(idx[:, 1:], targets[:, :-1]), *idx.shape)) or loss(self, idx, targets, sparse))
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, step=torch.optim.AdamW.step: counted.append(
         [p.detach().clone() for group in self.param_groups for p in group["params"]]) or step(self))
     flags = ["--device", "cpu", "--gate", "stretch", "--layers", 3, "--seconds", 0, "--train"]
@@ -330,6 +330,7 @@ def test_clock_times_whole_training_steps_sparse_and_full(finished, monkeypatch)
     assert steps == [(True, True, 5, 16), (False, True, 5, 16)] * 2 * 4 and len(counted) == 3 * 2 * 4
     assert all(torch.equal(a, b) for a, b in zip(counted[1], counted[10]))      # the sparse model, three rounds apart
     refused(run(clock, finished / "ckpt.pt", "--n_embd", 32), "random weights")
+    refused(run(clock, finished / "ckpt.pt", "--train", "float32"), "trains in full")
 
 
 def test_random_gates_are_open_as_often_as_the_table_says(monkeypatch):
