@@ -143,6 +143,8 @@ def hinge(p, threshold):
 
 @pytest.mark.parametrize("pair, expected", [
     (GATES["stretch"], True), ((hinge, hinge), True), (GATES["soft"], False), (GATES["skip"], False),
+    ((lambda p, threshold: (0.9 - p).clamp(min=0),) * 2, True),        # with a kink at a round number
+    ((tsa.stretch, tsa.binary), False),                     # runs another gate than it trains
     ((tsa.soft, tsa.soft), False),                          # 0 at p = 1, with a gradient
     ((tsa.binary, tsa.binary), False),                      # no gradient at all
     ((lambda p, threshold: tsa.binary(p, threshold) + p - p.detach(),) * 2, False),        # one at p > threshold only

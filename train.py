@@ -87,7 +87,8 @@ def train(model, optimizer, corpus, windows, args, run, out_dir):
     Train from the step after run["step"] on. `run` is the contents of the checkpoint; every evaluation (on the first
     EVAL_WINDOWS of the windows idx, targets (n, T)) updates and saves it.
     """
-    # Not with torch.compile, which would compile anew for each number of open tokens, or on a GPU, which would wait.
+    # Full with torch.compile, which would compile anew for each number of open tokens, and on a GPU, because the CPU
+    # would wait for that number in each block.
     sparse = args.device == "cpu" and not args.compile and can_train_sparse(model.config)
     print("training:", "sparse" if sparse else "full")
     loss_of = functools.partial(model.loss, sparse=True) if sparse else model.loss

@@ -71,13 +71,13 @@ GATES = {"soft": (soft, binary), "skip": (soft, skip), "stretch": (stretch, stre
 def can_train_sparse(config):
     """
     Whether the model can train with a sparse pass, because its gradients are those of a full pass: both functions of
-    the design are the same, and a gate of 0 passes no gradient to p (tested on a grid of p). With dropout, the two
-    passes draw different random numbers.
+    the design are the same, and a gate of 0 passes no gradient to p (tested on a grid of p). With dropout, which draws
+    other random numbers for fewer tokens, the gradients are equal only on average.
     """
     training_gate, inference_gate = GATES[config.gate]
     if config.model != "tsa" or training_gate is not inference_gate:
         return False
-    # 997 is prime, so the grid leaves out numbers such as 0.9 or 6/7, at which a clamp still passes a gradient.
+    # 997 is prime, so the grid has no round numbers. At its bound, perhaps p = 0.9, torch's clamp passes a gradient.
     p = torch.linspace(0, 1, 998).view(1, -1).requires_grad_()                             # (1, 998)
     gate = training_gate(p, config.threshold)
     if not gate.requires_grad:
@@ -107,8 +107,8 @@ class Router(nn.Module):
 def open_rows(gate, training):
     """
     The indices (N,) of the tokens whose gate (B, T) is not 0: for [[0, 1, 1], [1, 0, 0]], they are [1, 2, 3]. In
-    training, some closed tokens, which change nothing, round N up to a multiple of 64, because a CPU compiles bfloat16
-    kernels for each N.
+    training, some closed tokens, which change nothing, round N up to a multiple of 64, because on a CPU, torch compiles
+    new bfloat16 kernels for each N.
     """
     rows = gate.flatten().nonzero().squeeze(1)                                             # (N,)
     if training:
@@ -196,7 +196,7 @@ class Block(nn.Module):
 
         if sparse:
             rows = open_rows(gate, self.training)                                          # (N,)
-            if len(rows) == 0 and not self.training:    # in training, weight decay needs a gradient, even if it is 0
+            if len(rows) == 0 and not self.training:    # in training, AdamW ignores weights without a gradient
                 return x
             if len(rows) < gate.numel():        # otherwise all tokens run, without gathering
                 y, gate = gather(x, rows), gather(gate, rows).to(x.dtype).unsqueeze(-1)    # (N, C), (N, 1)

@@ -311,7 +311,7 @@ def test_clock_decodes_the_second_half_of_the_text():
     assert torch.equal(torch.cat(seen, 1), torch.cat([idx[:, 8:]] * 2, 1)) and len(seen) == 2 * 8
 
 
-def test_clock_times_whole_training_steps_sparse_and_full(finished, monkeypatch):  # noqa: F811
+def test_clock_times_whole_training_steps_sparse_and_full(finished, capsys, monkeypatch):  # noqa: F811
     """A step without its optimizer would be too fast, and one that learned would change the gates between rounds."""
     steps, counted = [], []
     monkeypatch.setattr(clock, "TRAINING_TOKENS", 5 * 16)
@@ -330,6 +330,8 @@ def test_clock_times_whole_training_steps_sparse_and_full(finished, monkeypatch)
     assert steps == [(True, True, 5, 16), (False, True, 5, 16)] * 2 * 4 and len(counted) == 3 * 2 * 4
     assert all(torch.equal(a, b) for a, b in zip(counted[1], counted[10]))      # the sparse model, three rounds apart
     refused(run(clock, finished / "ckpt.pt", "--n_embd", 32), "random weights")
+    monkeypatch.setattr(clock, "BATCHES", {})
+    assert run(clock, "--n_embd", 32, "--device", "cpu") == 0 and "n_embd=32," in capsys.readouterr().out
     refused(run(clock, finished / "ckpt.pt", "--train", "float32"), "trains in full")
 
 
