@@ -59,7 +59,7 @@ for seed in 0 1 2; do
     run deep-halt-lam0.03 --preset deep --model halt
     for n in 8 10 12; do run deep-several$n --preset deep --model halt --lam 0 --n_layer $n; done
     run deep-tsa --preset deep --gate skip --threshold 0.9      # trained as with the paper's gate
-    run deep-stretch --preset deep --gate stretch
+    run deep-stretch --preset deep --gate stretch               # deep-stretch-full: the same with the code at 1609593
     variant deep-exit-heavy exit-heavy --preset deep
 done
 
