@@ -103,7 +103,8 @@ twelve="--data shakespeare --learning_rate 3e-3 --warmup_iters 300"
 for n in 6 9 12; do run twelve-plain$n $twelve --model plain --n_layer $n; done
 run twelve-halt-lam0.03 $twelve --model halt --n_layer 12
 for lam in 0.015 0.045; do run deep-halt-lam$lam --preset deep --model halt --lam $lam; done
-run shakespeare-stretch --data shakespeare --gate stretch
+for seed in 0 2; do run shakespeare-stretch --data shakespeare --gate stretch; done
+seed=0
 run shakespeare-tsa-lam0 --data shakespeare --lam 0
 run shakespeare-tsa-lam0.05 --data shakespeare --lam 0.05
 run shakespeare-tsa-bias-3 --data shakespeare --gate_bias -3
