@@ -112,7 +112,8 @@ def open_rows(gate, training):
     """
     rows = gate.flatten().nonzero().squeeze(1)                                             # (N,)
     if training:
-        closed, missing = (gate == 0).flatten().nonzero().squeeze(1), -len(rows) % 64
+        closed = (gate == 0).flatten().nonzero().squeeze(1)
+        missing = -len(rows) % 64
         rows = torch.cat([rows, closed[:missing]])
     return rows
 
@@ -196,7 +197,8 @@ class Block(nn.Module):
 
         if sparse:
             rows = open_rows(gate, self.training)                                          # (N,)
-            if len(rows) == 0 and not self.training:    # in training, AdamW ignores weights without a gradient
+            # In training, the block runs even for 0 tokens: AdamW would not decay weights without a gradient.
+            if len(rows) == 0 and not self.training:
                 return x
             if len(rows) < gate.numel():        # otherwise all tokens run, without gathering
                 y, gate = gather(x, rows), gather(gate, rows).to(x.dtype).unsqueeze(-1)    # (N, C), (N, 1)

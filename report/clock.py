@@ -133,8 +133,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if not args.ckpt and (args.gate or args.threshold is not None):
         raise UserError("--gate and --threshold need a checkpoint")
-    if args.ckpt and args.n_embd:
-        raise UserError("--n_embd is for random weights: leave it out, or the checkpoint")
+    if args.n_embd and (args.ckpt or args.n_embd % 8):
+        raise UserError("--n_embd must be a multiple of 8 (the heads), and is only for random weights")
     device = pick_device(args.device)
     keep_freed_memory()
     torch.manual_seed(0)
@@ -153,7 +153,7 @@ def main(argv=None):
     if args.train:
         works = {f"train {args.train}": (max(TRAINING_TOKENS // text.size(1), 1),)}
         if args.ckpt and not can_train_sparse(config):
-            raise UserError(f"{args.ckpt} trains in full, with or without skipping: --train needs a gate like stretch")
+            raise UserError(f"--train needs a design that trains sparse, such as stretch: {args.ckpt} trains in full")
         own["full"] = next(iter(own.values()))
     L = config.n_layer
     models = {f"plain {n}": MODELS["plain"](replace(config, model="plain", n_layer=n))

@@ -201,10 +201,10 @@ rm -f report/clock.csv      # clock.py appends
 python -m report.clock --out report/clock.csv
 python -m report.clock report/chain-halt.pt --out report/clock.csv
 python -m report.clock report/python-skip.pt --layers 12 10 9 --out report/clock.csv
-python -m report.clock out/deep-stretch-full-s0/ckpt.pt --layers 12 9 --out report/clock.csv
-for dtype in float32 bfloat16; do       # ckpt-600.pt: a copy of the checkpoint, made when it had trained for 600 steps
-    for name in deep-stretch-s0/ckpt deep-stretch-s0/ckpt-600; do
-        python -m report.clock out/$name.pt --layers 12 10 9 --train $dtype --out report/clock.csv
+python -m report.clock out/deep-stretch-s0/ckpt.pt --layers 12 9 --out report/clock.csv
+for dtype in float32 bfloat16; do
+    for ckpt in out/deep-stretch-s0/ckpt{,-600}.pt; do      # ckpt-600.pt: copied by hand when the run had saved step 600
+        if [ -e $ckpt ]; then python -m report.clock $ckpt --layers 12 10 9 --train $dtype --out report/clock.csv; fi
     done
     for name in chain-stretch-lam0.1-s0 shakespeare-stretch-s2; do
         python -m report.clock out/$name/ckpt.pt --layers 6 --train $dtype --out report/clock.csv
