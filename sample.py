@@ -43,15 +43,18 @@ def summary(model, ran, sparse, T=None):
             f"operations and {macs:.1%} of multiply-adds")
 
 
-def write_text(model, vocab, idx, args, sparse):
-    """Print idx (1, T) and its continuation."""
-    n, ran, began = args.max_new_tokens, 0, time.perf_counter()
+def write_text(model, vocab, idx, args, sparse, end=None):
+    """Print idx (1, T) and its continuation, which stops after the character `end`."""
+    ran, began = 0, time.perf_counter()
     print("".join(vocab[i] for i in idx[0]), end="")
-    for idx_next, gates in generate(model, idx, n, args.temperature, args.top_k, sparse):
+    new_tokens = generate(model, idx, args.max_new_tokens, args.temperature, args.top_k, sparse)
+    for n, (idx_next, gates) in enumerate(new_tokens, start=1):
         c, gates = vocab[idx_next.item()], gates[:, 0].cpu()                               # gates (L,)
         ran = ran + (gates != 0)
-        depth = ((gates != 0).float() if sparse else gates).mean().item()       # the share of the blocks that ran
+        depth = ((gates != 0).float() if sparse else gates).mean().item()       # if sparse, the share of the blocks run
         print(c if c == "\n" else paint(c, depth), end="", flush=True)
+        if c == end:
+            break
     print()
     print(f"{n} tokens, {n / (time.perf_counter() - began):.0f} per second;",
           summary(model, (ran / n).tolist(), sparse), file=sys.stderr)
@@ -85,8 +88,8 @@ def write_map(model, vocab, idx, sparse, answers):
         print("token   " + "".join(" " + shown[idx[0, t]] for t in columns))
         if answers:
             wrong = "\033[31m {}\033[0m" if is_colored() else "!{}"
-            marks = (" {}" if vocab[final[t]] == answers[t] else wrong for t in columns)
-            print("answer  " + "".join(mark.format(answers[t]) for mark, t in zip(marks, columns)))
+            cells = ((" {}" if vocab[final[t]] == answers[t] else wrong).format(answers[t]) for t in columns)
+            print("answer  " + "".join(cells))
         print()
     print(summary(model, (gates != 0).double().mean(1).tolist(), sparse, T), file=sys.stderr)
 
@@ -128,7 +131,7 @@ def main(argv=None):
         write_map(model, vocab, idx, sparse, data.chain_answers(prompt) if is_chain else None)
     else:
         torch.manual_seed(args.seed)
-        write_text(model, vocab, idx, args, sparse)
+        write_text(model, vocab, idx, args, sparse, end="$" if saved["flags"]["data"] in ("copy", "sort") else None)
 
 
 if __name__ == "__main__":

@@ -758,13 +758,13 @@ def test_sparse_training_reaches_the_losses_of_full_training(run_train, tmp_path
     """60 steps, in float32, during which blocks close for all tokens and open again."""
     flags = ["--gate", "stretch", "--lam", 1, "--warmup_iters", 0, "--learning_rate", 0.02, "--batch_size", 16,
              "--max_iters", 60, "--eval_interval", 10]
-    can_train_sparse, open_rows, runs, gathered = tsa.can_train_sparse, tsa.open_rows, [], []
-    monkeypatch.setattr(tsa, "open_rows", lambda gate, training: gathered.append(training) or open_rows(gate, training))
+    can_train_sparse, pad_rows, runs, padded = tsa.can_train_sparse, tsa.pad_rows, [], []
+    monkeypatch.setattr(tsa, "pad_rows", lambda *args: padded.append(True) or pad_rows(*args))
     for word in ("sparse", "full"):
         monkeypatch.setattr(train, "can_train_sparse", lambda config: word == "sparse" and can_train_sparse(config))
-        gathered.clear()
+        padded.clear()
         assert run_train(*flags, "--out_dir", tmp_path / word) == 0
-        assert f"training: {word}\n" in capsys.readouterr().out and sum(gathered) == (word == "sparse") * 60 * 2
+        assert f"training: {word}\n" in capsys.readouterr().out and len(padded) == (word == "sparse") * 60 * 2
         runs.append(train.load_checkpoint(tmp_path / word / "ckpt.pt")[1])
     sparse, full = runs
     assert [a["loss"] for a in sparse["rows"]] == pytest.approx([b["loss"] for b in full["rows"]], abs=1e-6)
@@ -952,6 +952,16 @@ def test_scales_are_sampled_as_they_were_trained(finished, run_train, tmp_path, 
     assert "sparse: " in sampled(capsys, tmp_path / "exit" / "ckpt.pt", "--max_new_tokens", 2).err
     token = sampled(capsys, finished / "ckpt.pt", "--map").out.splitlines()[3]
     assert token.startswith("token ") and len(token) == 8 + 2 * 16        # the example fits into the context
+
+
+def test_copied_text_ends_at_its_end_mark(run_train, tmp_path, capsys, monkeypatch):
+    """No training sequence continues after the $, so what follows it would be noise."""
+    assert run_train("--data", "copy", "--block_size", 42, "--batch_size", 2, "--max_iters", 1) == 0
+    vocab = train.load_checkpoint(tmp_path / "run" / "ckpt.pt")[1]["vocab"]
+    new_tokens = [(torch.tensor([[i]]), torch.ones(3, 1)) for i in data.encode("ab$cd", vocab)]
+    monkeypatch.setattr(sample, "generate", lambda *args: iter(new_tokens))
+    text, remarks = sampled(capsys, tmp_path / "run" / "ckpt.pt")
+    assert text.endswith("|ab$\n") and "\n3 tokens" in remarks
 
 
 @pytest.mark.parametrize("model, sparse, seed", [("plain", False, 6), ("tsa", False, 6), ("exit", True, 11),

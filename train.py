@@ -87,8 +87,8 @@ def train(model, optimizer, corpus, windows, args, run, out_dir):
     Train from the step after run["step"] on. `run` is the contents of the checkpoint; every evaluation (on the first
     EVAL_WINDOWS of the windows idx, targets (n, T)) updates and saves it.
     """
-    # Full with torch.compile, which would compile anew for each number of open tokens, and on a GPU, because the CPU
-    # would wait for that number in each block.
+    # Training is full with torch.compile, which would recompile for every number of open tokens, and on a GPU, where
+    # every block would wait for that number.
     sparse = args.device == "cpu" and not args.compile and can_train_sparse(model.config)
     print("training:", "sparse" if sparse else "full")
     loss_of = functools.partial(model.loss, sparse=True) if sparse else model.loss
@@ -318,7 +318,7 @@ def main(argv=None):
         model, run = load_checkpoint(out_dir / "ckpt.pt")
         if "optimizer" not in run:
             raise UserError(f"{out_dir / 'ckpt.pt'} cannot be resumed: it holds no optimizer state")
-        if "variant" in run["flags"].keys() - FLAGS.keys():
+        if "variant" in run["flags"] and "variant" not in FLAGS:        # report.variants adds this flag
             raise UserError(f"use python -m report.variants {run['flags']['variant']} --resume {out_dir}")
         given = run["flags"] | given
     args = argparse.Namespace(**given)

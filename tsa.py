@@ -77,7 +77,8 @@ def can_train_sparse(config):
     training_gate, inference_gate = GATES[config.gate]
     if config.model != "tsa" or training_gate is not inference_gate:
         return False
-    # 997 is prime, so the grid has no round numbers. At its bound, perhaps p = 0.9, torch's clamp passes a gradient.
+    # 997 is prime, so no point within is a round number such as 0.9, at which torch's clamp, if that is its bound,
+    # passes a gradient.
     p = torch.linspace(0, 1, 998).view(1, -1).requires_grad_()                             # (1, 998)
     gate = training_gate(p, config.threshold)
     if not gate.requires_grad:
@@ -104,26 +105,21 @@ class Router(nn.Module):
         return torch.sigmoid(self.logit(x))
 
 
-def open_rows(gate, training):
-    """
-    The indices (N,) of the tokens whose gate (B, T) is not 0: for [[0, 1, 1], [1, 0, 0]], they are [1, 2, 3]. In
-    training, some closed tokens, which change nothing, round N up to a multiple of 64, because on a CPU, torch compiles
-    new bfloat16 kernels for each N.
-    """
-    rows = gate.flatten().nonzero().squeeze(1)                                             # (N,)
-    if training:
-        closed = (gate == 0).flatten().nonzero().squeeze(1)
-        missing = -len(rows) % 64
-        rows = torch.cat([rows, closed[:missing]])
-    return rows
-
 def gather(x, rows):
-    """Pick the tokens at rows (N,) of a batch: x (B, T, ...) -> (N, ...)."""
+    """Pick the tokens with the indices rows (N,) from a batch: x (B, T, ...) -> (N, ...)."""
     return x.flatten(0, 1).index_select(0, rows)
 
 def scatter(x, rows, y):
     """Return x (B, T, C) with the tokens at rows (N,) replaced by y (N, C)."""
     return x.flatten(0, 1).index_copy(0, rows, y).view(x.shape)
+
+def pad_rows(rows, gate):
+    """
+    Add closed tokens, which change nothing, to the open ones, rows (N,), until N is a multiple of 64. Otherwise, every
+    step would bring new values of N, and for each, the CPU's matrix library builds new bfloat16 kernels.
+    """
+    closed = (gate == 0).flatten().nonzero().squeeze(1)
+    return torch.cat([rows, closed[:-len(rows) % 64]])
 
 
 class Attention(nn.Module):
@@ -196,9 +192,11 @@ class Block(nn.Module):
             return x + self.ffn(self.ln2(x))
 
         if sparse:
-            rows = open_rows(gate, self.training)                                          # (N,)
-            # In training, the block runs even for 0 tokens: AdamW would not decay weights without a gradient.
-            if len(rows) == 0 and not self.training:
+            # The indices of the open tokens: for gates [[0, 1, 1], [1, 0, 0]], rows = [1, 2, 3].
+            rows = gate.flatten().nonzero().squeeze(1)                                     # (N,)
+            if self.training:       # goes on even with 0 rows: AdamW would not decay weights without a gradient
+                rows = pad_rows(rows, gate)
+            elif len(rows) == 0:
                 return x
             if len(rows) < gate.numel():        # otherwise all tokens run, without gathering
                 y, gate = gather(x, rows), gather(gate, rows).to(x.dtype).unsqueeze(-1)    # (N, C), (N, 1)
@@ -216,7 +214,7 @@ def token_loss(logits, targets):
 
 
 class Transformer(nn.Module):
-    """The plain transformer. The other models have a `forward` of their own."""
+    """The plain transformer, and the base class of the other models."""
 
     def __init__(self, config):
         super().__init__()
@@ -386,7 +384,7 @@ class Halt(TSA):
         # With 6 blocks and h_l = 0.2 * survive_l * p_l, the weights of CE_0 to CE_5 are
         #     h0    h1 + 0.01    h2 + 0.01    h3 + 0.01    h4 + 0.01    h5 + 0.01 + 0.75
         weight = self.HALT_SHARE * survive * torch.sigmoid(logit)      # not detached: this trains the routers
-        weight[1:] += self.EVERY_SHARE / (len(outputs) - 1)            # a constant, so autograd allows it in place
+        weight[1:] += self.EVERY_SHARE / (len(outputs) - 1)
         weight[-1] += self.LAST_SHARE
         # log(p (1 - p)), from the logit because p may round to 0 or 1
         barrier = (F.logsigmoid(logit[:-1]) + F.logsigmoid(-logit[:-1])).mean((1, 2)).sum()
