@@ -6,8 +6,8 @@ Measure what skipping saves in wall-clock time:
 
 Time plain models with the given numbers of layers and the sparse model in turn, in one process, on text of the
 validation split. Prefill processes whole windows; decode processes the second half of each window token by token; both
-are in float32. With --train, time training steps (forward, backward and optimizer) that leave the weights unchanged; a
-model that trains sparse is also timed in full. Without a checkpoint, the text and the weights are random, and the gates
+are in float32. With --train, time training steps (forward, backward and optimizer) that leave the weights unchanged, in
+full and, if the model can, sparse. Without a checkpoint, the text and the weights are random, and the gates
 are open at random with the probabilities in KEEPS. `predicted` is the speed-up that the saved multiply-adds alone would
 give, counted as for a prefill.
 """
@@ -153,8 +153,9 @@ def main(argv=None):
     if args.train:
         works = {f"train {args.train}": (max(TRAINING_TOKENS // text.size(1), 1),)}
         if args.ckpt and not can_train_sparse(config):
-            raise UserError(f"--train needs a design that trains sparse, such as stretch: {args.ckpt} trains in full")
-        own["full"] = next(iter(own.values()))
+            own = {"full": model}
+        else:
+            own["full"] = next(iter(own.values()))
     L = config.n_layer
     models = {f"plain {n}": MODELS["plain"](replace(config, model="plain", n_layer=n))
               for n in args.layers or (L, max(L // 2, 1))} | own

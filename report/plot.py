@@ -27,7 +27,7 @@ SIZES = ("n_layer", "n_embd", "block_size", "vocab_size")
 COLUMNS = ("family", "run", "split", "model", "gate", *SIZES, "lam", "threshold", "variant", "gate_bias", "seed",
            "val_loss", "val_loss_sparse", "tlops_saved", "macs_saved", "accuracy", "permuted", "permuted_sparse", "ran",
            "gates", "by_block", "hops", "n_params", "device", "dtype", "torch", "seconds", "commit")
-LAYERS = {"deep": 12, "drop": 12, "long": 12, "rate": 12, "twelve": 12}     # of a family's plain model, elsewhere 6
+LAYERS = {"alone": 12, "deep": 12, "drop": 12, "long": 12, "rate": 12}      # of a family's plain model, elsewhere 6
 LENGTHS = {"copy": 42, "sort": 42}                  # tokens per sequence, elsewhere block_size
 SCORES = ("val_loss", "val_loss_sparse", "tlops_saved", "macs_saved")
 # The number of seeds: the 97.5% quantile of Student's t

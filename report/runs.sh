@@ -33,7 +33,7 @@ for seed in 0 1 2; do
     for lam in 0.03 0.05; do run chain-halt-lam$lam --data chain --model halt --lam $lam; done
     variant chain-straight straight --data chain --lam 0.01
     for lam in 0.03 0.1; do run chain-stretch-lam$lam --data chain --gate stretch --lam $lam; done
-    for n in 3 4; do run chain-halt$n --data chain --model halt --n_layer $n; done
+    run chain-halt3 --data chain --model halt --n_layer 3
 
     # Copy and sort
     for task in copy sort; do
@@ -53,6 +53,7 @@ for seed in 0 1 2; do
     done
     for n in 1 2; do run shakespeare-plain$n --data shakespeare --model plain --n_layer $n; done
     variant shakespeare-straight straight --data shakespeare --lam 0.01
+    run shakespeare-stretch --data shakespeare --gate stretch
 
     # Python, 12 layers
     for n in 6 9 10 12; do run deep-plain$n --preset deep --model plain --n_layer $n; done
@@ -81,32 +82,19 @@ for seed in 3 4 5; do
     run fresh-tsa --data shakespeare
     tune="--data shakespeare --max_iters 400 --learning_rate 5e-4"
     variant repair-straight straight --init_from out/fresh-tsa-s$seed/ckpt.pt $tune
-    for n in 5 6; do
-        variant repair-plain$n same --init_from out/fresh-plain$n-s$seed/ckpt.pt $tune --model plain --n_layer $n
-    done
+    variant repair-plain5 same --init_from out/fresh-plain5-s$seed/ckpt.pt $tune --model plain --n_layer 5
 done
 
 # The learning rate of 12 layers on Python
-for seed in 0 1; do
-    for lr in 2e-3 3e-3; do
-        run rate-plain12-lr$lr-w100 --data stdlib --model plain --n_layer 12 --learning_rate $lr
-    done
-done
 seed=0
-for flags in "4e-3 300" "3e-3 600"; do
+for flags in "2e-3 100" "3e-3 100" "4e-3 300" "3e-3 600"; do
     set -- $flags
     run rate-plain12-lr$1-w$2 --data stdlib --model plain --n_layer 12 --learning_rate $1 --warmup_iters $2
 done
 run rate-plain12-drop0.1 --preset deep --model plain --dropout 0.1
 
 # Other settings, one seed
-run shakespeare-lr2e-3 --data shakespeare --model plain --learning_rate 2e-3
-twelve="--data shakespeare --learning_rate 3e-3 --warmup_iters 300"
-for n in 6 9 12; do run twelve-plain$n $twelve --model plain --n_layer $n; done
-run twelve-halt-lam0.03 $twelve --model halt --n_layer 12
 for lam in 0.015 0.045; do run deep-halt-lam$lam --preset deep --model halt --lam $lam; done
-for seed in 0 2; do run shakespeare-stretch --data shakespeare --gate stretch; done
-seed=0
 run shakespeare-tsa-lam0 --data shakespeare --lam 0
 run shakespeare-tsa-lam0.05 --data shakespeare --lam 0.05
 run shakespeare-tsa-bias-3 --data shakespeare --gate_bias -3
@@ -142,9 +130,8 @@ for folder in out/{copy,sort}-*; do score $folder/ckpt.pt; done
 score out/shakespeare-exit-s0/ckpt.pt --threshold .6 .55 .5 .4
 score out/paper-exit-s0/ckpt.pt --threshold .95 .8
 for folder in out/chain-*; do score $folder/ckpt.pt; done
-for folder in out/chain-tsa-s?; do score $folder/ckpt.pt --gate skip --threshold 0.9 0.95; done
+for folder in out/chain-tsa-s?; do score $folder/ckpt.pt --gate skip --threshold 0.9; done
 for folder in out/chain-exit-s?; do score $folder/ckpt.pt --variant exit-nofloor; done
-for folder in out/deep-halt-lam0.03-s?; do score $folder/ckpt.pt --threshold 0.8; done
 for folder in out/deep-tsa-s? out/long-tsa-s0; do
     score $folder/ckpt.pt
     score $folder/ckpt.pt --gate soft --threshold 0.5
@@ -155,18 +142,16 @@ for folder in out/fresh-tsa-s?; do
     for gate in ones close round-up; do score $folder/ckpt.pt --gate $gate --threshold 0.5; done
     score $folder/ckpt.pt --threshold .4 .6 .7 .8
 done
-for folder in out/paper-tsa-s?; do score $folder/ckpt.pt --gate skip --threshold 0.7 0.9; done
+for folder in out/paper-tsa-s?; do score $folder/ckpt.pt --gate skip --threshold 0.9; done
 for gate in ones close round-up; do score out/paper-tsa-s0/ckpt.pt --gate $gate --threshold 0.5; done
 score out/paper-tsa-s0/ckpt.pt --threshold .4 .6 .7 .8
 for folder in out/{shakespeare,paper}-halt-lam0.03-s?; do score $folder/ckpt.pt; done     # the loss after each block
-for folder in out/paper-halt-lam0.03-s?; do score $folder/ckpt.pt --threshold 0.2; done
 
 # The test split, once, after all choices had been made on the validation split
 for folder in out/{shakespeare,stdlib,fresh}-{plain4,plain5,plain6,halt-lam0.03}-s? out/shakespeare-tsa-s?; do
     score $folder/ckpt.pt --split test
 done
 for folder in out/deep-{plain{6,9,10,12},several{8,10,12},halt-lam0.03}-s?; do score $folder/ckpt.pt --split test; done
-for folder in out/deep-halt-lam0.03-s?; do score $folder/ckpt.pt --split test --threshold 0.8; done
 for folder in out/deep-{tsa,stretch}-s? out/{long,drop}-{plain12,tsa}-s? out/long-plain9-s0; do
     score $folder/ckpt.pt --split test
 done
@@ -196,7 +181,10 @@ ship out/deep-tsa-s0/ckpt.pt report/python-skip.pt
 line="    def __init__(self, name, value):"
 python -m report.screenshot report/map.svg sample.py report/python-skip.pt --map --prompt "$line"
 
-# Timings
+# Timings: let nothing else run
+seed=0
+unset OMP_NUM_THREADS
+for n in 9 10 12; do run alone-plain$n --preset deep --model plain --n_layer $n; done
 rm -f report/clock.csv      # clock.py appends
 python -m report.clock --out report/clock.csv
 python -m report.clock report/chain-halt.pt --out report/clock.csv
@@ -210,4 +198,5 @@ for dtype in float32 bfloat16; do
         python -m report.clock out/$name/ckpt.pt --layers 6 --train $dtype --out report/clock.csv
     done
 done
+python -m report.clock out/deep-several10-s0/ckpt.pt --layers 12 10 --train bfloat16 --out report/clock.csv
 for n in 128 256 512; do python -m report.clock --layers 6 --n_embd $n --train float32 --out report/clock.csv; done

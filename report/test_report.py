@@ -332,7 +332,9 @@ def test_clock_times_whole_training_steps_sparse_and_full(finished, capsys, monk
     refused(run(clock, finished / "ckpt.pt", "--n_embd", 32), "random weights")
     monkeypatch.setattr(clock, "BATCHES", {})
     assert run(clock, "--n_embd", 32, "--device", "cpu") == 0 and "n_embd=32," in capsys.readouterr().out
-    refused(run(clock, finished / "ckpt.pt", "--train", "float32"), "trains in full")
+    steps.clear()
+    assert run(clock, finished / "ckpt.pt", "--device", "cpu", "--seconds", 0, "--train", "float32") == 0
+    assert "full " in (text := capsys.readouterr().out) and "own" not in text and {step[0] for step in steps} == {False}
 
 
 def test_random_gates_are_open_as_often_as_the_table_says(monkeypatch):
@@ -451,7 +453,7 @@ def test_savings_are_counted_from_what_ran_relative_to_the_familys_plain_model(t
     plot.count(nofloor)     # one more prediction, of 128 * 32 products
     products = 6 * (12 * 128 ** 2 + 42 * 128) + 128 * 32
     assert task["macs_saved"] - nofloor["macs_saved"] == pytest.approx(128 * 32 / products)
-    assert plot.LAYERS == {"deep": 12, "drop": 12, "long": 12, "rate": 12, "twelve": 12}
+    assert plot.LAYERS == {"alone": 12, "deep": 12, "drop": 12, "long": 12, "rate": 12}
     assert run_train("--model", "plain", "--max_iters", 1) == 0         # scored again, it is still one row
     assert run(depth, tmp_path / "run" / "ckpt.pt", "--device", "cpu") == 0
     assert len(plot.read_rows([tmp_path / "run"])) == 1
@@ -481,7 +483,7 @@ def test_figures_show_what_their_axes_say(monkeypatch):
 # ngrams.py
 
 def test_character_counts_by_hand():
-    """The README compares the rounded gates with trigrams: here, 0 is always followed by 1, and 1 by 0 or 1."""
+    """The report compares the rounded gates with trigrams: here, 0 is always followed by 1, and 1 by 0 or 1."""
     train, val = np.array([0, 1, 1, 0, 1, 0, 1]), np.array([0, 1, 0])
     p01, p10 = 3.1 / 3.2, 2.1 / 3.2
     p010 = (1 + 5 * p10) / (2 + 5)      # after 0 1 come a 1 and a 0
