@@ -624,7 +624,7 @@ def test_result_is_the_score_of_the_checkpoint(capsys, finished, text_file):
     assert saved["flags"].items() < result.items() and {"vocab_size", "torch", "seconds"} < result.keys()
     assert result["n_params"] == sum(parameter.numel() for parameter in model.parameters())
     first = train.score(model, (idx[:64], targets[:64]))["val_loss_sparse"]         # during training
-    assert saved["rows"] == result["rows"] and saved["rows"][-1]["val_loss_sparse"] == pytest.approx(first)
+    assert saved["history"] == result["history"] and saved["history"][-1]["val_loss_sparse"] == pytest.approx(first)
     targets[:, :5] = -1             # unscored tokens count for the gates, but not for the loss
     model = tiny(vocab_size=len(vocab), gate="skip", threshold=0.8)
     for value, expected in zip(train.evaluate(model, (idx, targets), True), by_hand(model, idx, targets, True)):
@@ -656,7 +656,7 @@ def test_run_equals_a_loop_written_out(run_train, text_file, tmp_path):
             group["lr"] = 0.02 * min(step / 4, 1) * (0.55 + 0.45 * math.cos(math.pi * (step - 1) / 9))
         optimizer.step()
     assert clipped > 2
-    row = saved["rows"][-1]
+    row = saved["history"][-1]
     assert row["lam"] == 0.3
     assert row["loss"] - row["task_loss"] == pytest.approx(0.3 * gates[1:].mean().item(), abs=1e-3)
     for name, parameter in model.named_parameters():
@@ -727,7 +727,7 @@ def test_interrupted_run_resumes_to_the_bit(run_train, tmp_path, monkeypatch, mo
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)       # the run's own device is used all the same
     assert run(train, "--resume", tmp_path / "run") == 0
     a, b = (train.load_checkpoint(tmp_path / name / "ckpt.pt")[1] for name in ("whole", "run"))
-    assert a["step"] == b["step"] == 50 and len(a["rows"]) == 5 and a["rows"] == b["rows"]
+    assert a["step"] == b["step"] == 50 and len(a["history"]) == 5 and a["history"] == b["history"]
     assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
     assert json.loads((tmp_path / "run" / "result.json").read_text())["seconds"] >= 1000
 
@@ -767,8 +767,8 @@ def test_sparse_training_reaches_the_losses_of_full_training(run_train, tmp_path
         assert f"training: {word}\n" in capsys.readouterr().out and len(padded) == (word == "sparse") * 60 * 2
         runs.append(train.load_checkpoint(tmp_path / word / "ckpt.pt")[1])
     sparse, full = runs
-    assert [a["loss"] for a in sparse["rows"]] == pytest.approx([b["loss"] for b in full["rows"]], abs=1e-6)
-    assert {share == 0 for row in full["rows"] for share in row["ran"]} == {True, False}
+    assert [a["loss"] for a in sparse["history"]] == pytest.approx([b["loss"] for b in full["history"]], abs=1e-6)
+    assert {share == 0 for row in full["history"] for share in row["ran"]} == {True, False}
     for name in full["model"]:
         torch.testing.assert_close(sparse["model"][name], full["model"][name], rtol=0, atol=1e-5)
 

@@ -127,7 +127,7 @@ def train(model, optimizer, corpus, windows, args, run, out_dir):
                   f"{seconds * (args.max_iters - step) / 60:.1f} min left")
         if evaluates:
             row = {"step": step, "loss": loss.item(), "task_loss": task_loss.item(), "lam": lam}
-            run["rows"].append(row | score(model, [tokens[:EVAL_WINDOWS] for tokens in windows]))
+            run["history"].append(row | score(model, [tokens[:EVAL_WINDOWS] for tokens in windows]))
             run |= {"step": step, "seconds": time.perf_counter() - began}
             save_checkpoint(run, model, optimizer, out_dir)
 
@@ -342,7 +342,7 @@ def main(argv=None):
         config = Config(vocab_size=len(corpus.vocab), **{k: v for k, v in given.items() if hasattr(Config, k)})
         model = MODELS[config.model](config)
         run = {"config": vars(config), "vocab": corpus.vocab, "prompt": corpus.prompt, "checksum": checksum,
-               "example": corpus.example[:args.block_size], "step": 0, "rows": [], "seconds": 0.0}
+               "example": corpus.example[:args.block_size], "step": 0, "history": [], "seconds": 0.0}
     optimizer = make_optimizer(model.to(args.device))
     if "optimizer" in run:
         optimizer.load_state_dict(run["optimizer"])
@@ -361,7 +361,7 @@ def main(argv=None):
 
     print()
     result = vars(args) | {"vocab_size": len(corpus.vocab), "n_params": n_params, "torch": torch.__version__,
-                           "rows": run["rows"], "seconds": round(run["seconds"])}
+                           "history": run["history"], "seconds": round(run["seconds"])}
     result |= score(model, windows)         # on the whole validation split
     (out_dir / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     print(f"to generate text or show predictions: python sample.py {out_dir / 'ckpt.pt'}")

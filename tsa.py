@@ -16,8 +16,8 @@ Nothing is sampled: the gate is computed from p. Every model runs in two ways:
     model(idx)                  full: every block is computed for every token, scaled by the training gates, if any
     model(idx, sparse=True)     sparse: a token whose inference gate is 0 skips the block and keeps its x
 
-Training uses a full pass, or a sparse one if its gradients are the same (can_train_sparse). Other tokens still attend
-to the keys and values of a token that skips, so a skipped block is cheap, but not free.
+Training uses a full pass or, on a CPU, a sparse one if its gradients are the same (can_train_sparse). Other tokens
+still attend to the keys and values of a token that skips, so a skipped block is cheap, but not free.
 
 Shapes: B sequences of T tokens, C = n_embd channels, nh heads of size hs = C / nh, V characters, L blocks. N tokens of
 the batch run a block; S tokens per sequence provide keys and values (T, or more if earlier tokens are in a KV cache).
@@ -77,8 +77,7 @@ def can_train_sparse(config):
     training_gate, inference_gate = GATES[config.gate]
     if config.model != "tsa" or training_gate is not inference_gate:
         return False
-    # 997 is prime, so no point within is a round number such as 0.9, at which torch's clamp, if that is its bound,
-    # passes a gradient.
+    # 997 is prime, so the grid misses round p such as 0.9: exactly at its bound, torch's clamp passes a gradient.
     p = torch.linspace(0, 1, 998).view(1, -1).requires_grad_()                             # (1, 998)
     gate = training_gate(p, config.threshold)
     if not gate.requires_grad:
@@ -119,7 +118,7 @@ def pad_rows(rows, gate):
     step would bring new values of N, and for each, the CPU's matrix library builds new bfloat16 kernels.
     """
     closed = (gate == 0).flatten().nonzero().squeeze(1)
-    return torch.cat([rows, closed[:-len(rows) % 64]])
+    return torch.cat([rows, closed[:(-len(rows)) % 64]])
 
 
 class Attention(nn.Module):
