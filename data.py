@@ -132,7 +132,7 @@ def task_data(vocab, idx, targets, prompt_length, example):
 
 def copy_or_sort(name):
     """The paper's tasks (section 2): `^source|target$`, with the source or the sorted source as target."""
-    vocab, n, length = ".^|$abcdefghijklmnopqrstuvwxyzAB", TASK_TRAIN + VAL, 20     # length as in the paper's code
+    vocab, n, length = ".^|$abcdefghijklmnopqrstuvwxyzAB", TASK_TRAIN + VAL, 20     # from the paper's code; `.` is its padding
     source = np.random.default_rng(0).integers(4, len(vocab), size=(n, length))
     target = source if name == "copy" else np.sort(source, axis=1)
     bos, sep, eos = (np.full((n, 1), vocab.index(c)) for c in "^|$")

@@ -70,8 +70,8 @@ long="--preset deep --max_iters 7200 --eval_interval 600"
 for n in 9 12; do run long-plain$n $long --model plain --n_layer $n; done
 run long-tsa $long --gate skip --threshold 0.9
 variant long-constant constant $long
-for seed in 0 1; do
-    run drop-plain12 $long --dropout 0.1 --model plain
+for seed in 0 1 2; do
+    for n in 9 12; do run drop-plain$n $long --dropout 0.1 --model plain --n_layer $n; done
     run drop-tsa $long --dropout 0.1 --gate skip --threshold 0.9
 done
 
@@ -152,7 +152,7 @@ for folder in out/{shakespeare,stdlib,fresh}-{plain4,plain5,plain6,halt-lam0.03}
     score $folder/ckpt.pt --split test
 done
 for folder in out/deep-{plain{6,9,10,12},several{8,10,12},halt-lam0.03}-s?; do score $folder/ckpt.pt --split test; done
-for folder in out/deep-{tsa,stretch}-s? out/{long,drop}-{plain12,tsa}-s? out/long-plain9-s0; do
+for folder in out/deep-{tsa,stretch}-s? out/{long,drop}-{plain9,plain12,tsa}-s?; do
     score $folder/ckpt.pt --split test
 done
 score out/long-constant-s0/ckpt.pt --split test
