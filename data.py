@@ -132,7 +132,8 @@ def task_data(vocab, idx, targets, prompt_length, example):
 
 def copy_or_sort(name):
     """The paper's tasks (section 2): `^source|target$`, with the source or the sorted source as target."""
-    vocab, n, length = ".^|$abcdefghijklmnopqrstuvwxyzAB", TASK_TRAIN + VAL, 20     # from the paper's code; `.` is its padding
+    # The vocabulary (`.` is padding, unused here) and the length are those of the paper's code.
+    vocab, n, length = ".^|$abcdefghijklmnopqrstuvwxyzAB", TASK_TRAIN + VAL, 20
     source = np.random.default_rng(0).integers(4, len(vocab), size=(n, length))
     target = source if name == "copy" else np.sort(source, axis=1)
     bos, sep, eos = (np.full((n, 1), vocab.index(c)) for c in "^|$")

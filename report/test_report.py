@@ -38,7 +38,7 @@ def test_shipped_chain_models_do_what_the_readme_shows(name, loss, answers, tmp_
     assert run(sample, HERE / "report" / f"{name}.pt", "--device", "cpu", "--sparse") == 0
     out = capsys.readouterr().out
     readme = (HERE / "README.md").read_text(encoding="utf-8")
-    assert ("!" not in out) == answers and out.strip() in readme, out
+    assert ("!" not in out) == answers and (not answers or out.strip() in readme), out
 
 
 def test_shipped_text_model_is_the_default(tmp_path, monkeypatch, capsys):
@@ -467,8 +467,8 @@ def test_figures_show_what_their_axes_say(monkeypatch):
     fake.Figure.return_value.subplots.return_value = [[axes] * 2]
     monkeypatch.setitem(sys.modules, "matplotlib", MagicMock())
     monkeypatch.setitem(sys.modules, "matplotlib.figure", fake)
-    line = row("deep-halt-s0", .5, None, macs_saved=(0.25, 0), val_loss=(9, 9), val_loss_sparse=(1.5, 0.1))
-    line |= {"name": "deep-halt-lam0.03", "n": 3}
+    line = row("drop-halt-s0", .5, None, macs_saved=(0.25, 0), val_loss=(9, 9), val_loss_sparse=(1.5, 0.1))
+    line |= {"name": "drop-halt-lam0.03", "n": 3}       # the last panel
     plot.draw([line, line | {"split": "test"}, line | {"n": 1}], "x")
     assert axes.errorbar.call_args.args[:2] == ((25,), (1.5,))
     low, high = axes.set.call_args.kwargs["ylim"]
