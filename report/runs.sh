@@ -74,6 +74,8 @@ for seed in 0 1 2; do
     for n in 9 12; do run drop-plain$n $long --dropout 0.1 --model plain --n_layer $n; done
     run drop-tsa $long --dropout 0.1 --gate skip --threshold 0.9
 done
+seed=1      # whose drop-tsa saves more than 9 layers
+run drop-plain8 $long --dropout 0.1 --model plain --n_layer 8
 
 # Shakespeare, seeds that no setting was chosen on; then fine-tuning with switches, and plain models for as many steps
 for seed in 3 4 5; do
@@ -152,7 +154,7 @@ for folder in out/{shakespeare,stdlib,fresh}-{plain4,plain5,plain6,halt-lam0.03}
     score $folder/ckpt.pt --split test
 done
 for folder in out/deep-{plain{6,9,10,12},several{8,10,12},halt-lam0.03}-s?; do score $folder/ckpt.pt --split test; done
-for folder in out/deep-{tsa,stretch}-s? out/{long,drop}-{plain9,plain12,tsa}-s?; do
+for folder in out/deep-{tsa,stretch}-s? out/{long,drop}-{plain9,plain12,tsa}-s? out/drop-plain8-s1; do
     score $folder/ckpt.pt --split test
 done
 score out/long-constant-s0/ckpt.pt --split test
