@@ -193,7 +193,7 @@ class Block(nn.Module):
         if sparse:
             # The indices of the open tokens: for gates [[0, 1, 1], [1, 0, 0]], rows = [1, 2, 3].
             rows = gate.flatten().nonzero().squeeze(1)                                     # (N,)
-            if self.training:       # goes on even with 0 rows: AdamW would not decay weights without a gradient
+            if self.training:       # continues even with 0 rows: AdamW decays only weights with a gradient
                 rows = pad_rows(rows, gate)
             elif len(rows) == 0:
                 return x
