@@ -45,6 +45,7 @@ for seed in 0 1 2; do
     for text in shakespeare stdlib; do
         for n in 3 4 5 6; do run $text-plain$n --data $text --model plain --n_layer $n; done
         run $text-tsa --data $text
+        run $text-stretch --data $text --gate stretch
         run $text-exit --data $text --model exit
         run $text-halt-lam0.03 --data $text --model halt
         variant $text-halt-shares.4-lam0.03 shares.4 --data $text
@@ -53,7 +54,6 @@ for seed in 0 1 2; do
     done
     for n in 1 2; do run shakespeare-plain$n --data shakespeare --model plain --n_layer $n; done
     variant shakespeare-straight straight --data shakespeare --lam 0.01
-    run shakespeare-stretch --data shakespeare --gate stretch
 
     # Python, 12 layers
     for n in 6 9 10 12; do run deep-plain$n --preset deep --model plain --n_layer $n; done
