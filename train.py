@@ -316,8 +316,9 @@ def main(argv=None):
     if "resume" in given:
         out_dir = Path(given.pop("resume"))
         model, run = load_checkpoint(out_dir / "ckpt.pt")
-        if "optimizer" not in run:
-            raise UserError(f"{out_dir / 'ckpt.pt'} cannot be resumed: it holds no optimizer state")
+        if not {"optimizer", "history"} <= run.keys():
+            raise UserError(f"{out_dir / 'ckpt.pt'} cannot be resumed: it holds no optimizer state, or an older version"
+                            f" of train.py wrote it")
         if "variant" in run["flags"] and "variant" not in FLAGS:        # report.variants adds this flag
             raise UserError(f"use python -m report.variants {run['flags']['variant']} --resume {out_dir}")
         given = run["flags"] | given

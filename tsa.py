@@ -114,8 +114,9 @@ def scatter(x, rows, y):
 
 def pad_rows(rows, gate):
     """
-    Add closed tokens, which change nothing, to the open ones, rows (N,), until N is a multiple of 64. Otherwise, every
-    step would bring new values of N, and for each, the CPU's matrix library builds new bfloat16 kernels.
+    Add closed tokens of gate (B, T), which change nothing, to the open ones, rows (N,), until N is a multiple of 64.
+    Otherwise, every step would bring new values of N, for each of which the CPU's matrix library builds new bfloat16
+    kernels.
     """
     closed = (gate == 0).flatten().nonzero().squeeze(1)
     return torch.cat([rows, closed[:(-len(rows)) % 64]])

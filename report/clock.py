@@ -7,9 +7,9 @@ Measure what skipping saves in wall-clock time:
 Time plain models with the given numbers of layers and the sparse model in turn, in one process, on text of the
 validation split. Prefill processes whole windows; decode processes the second half of each window token by token; both
 are in float32. With --train, time training steps (forward, backward and optimizer) that leave the weights unchanged, in
-full and, if the model can, sparse. Without a checkpoint, the text and the weights are random, and the gates
-are open at random with the probabilities in KEEPS. `predicted` is the speed-up that the saved multiply-adds alone would
-give, counted as for a prefill.
+full and, if the model can, sparse. Without a checkpoint, the text and the weights are random, and the gates are open at
+random with the probabilities in KEEPS. `predicted` is the speed-up that the saved multiply-adds alone would give,
+counted as for a prefill.
 """
 import copy
 import csv
