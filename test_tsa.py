@@ -220,7 +220,7 @@ def test_generation_equals_a_slow_loop_without_a_cache(design, shape, sparse, te
         window = torch.cat([window, idx_next], 1)
     with pytest.raises(IndexError):
         next(generate(model, torch.tensor([[99]]), 1))      # no such token
-    assert all(block.attn.cache is None for block in model.blocks)      # none left, also after an error
+    assert all((block.attn.cache, block.attn.length) == (None, 0) for block in model.blocks)    # also after an error
 
 # data.py --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name, a, b", [("u.txt", 80, 90), ("enwik8", 90, 95), ("stdlib", 80, 90)])
@@ -398,7 +398,7 @@ def test_training_that_cannot_succeed_stops(monkeypatch):
 def test_map_shows_the_prediction_after_each_block(design, sparse, capsys, monkeypatch):
     """A cell is what a model that stops after that block would predict, and blank if the token skipped it."""
     model, idx, vocab, shown = tiny(**DESIGNS[design]), tokens(1, 9), "\n !abcdefgh", "⏎␣!abcdefgh"
-    (logits, gates), x = model(idx, sparse), model.embed(idx)[0]
+    (logits, gates), x = model(idx, sparse), model.embed(idx)
     right = read(vocab, logits[0, :-1].argmax(-1))          # the answers are right, except for the last
     rows = [("token   ", [f" {c}" for c in read(shown, idx[0])]), ("answer  ", [f" {c}" for c in right] + ["!?"])]
     for l, block in enumerate(model.blocks):

@@ -99,17 +99,14 @@ class Attention(nn.Module):
         self.query = nn.Linear(C, C, bias=False)            # a token that skips the block needs none
         self.key_value = nn.Linear(C, 2 * C, bias=False)
         self.proj = nn.Linear(C, C, bias=False)
-        self.cache = None                                   # in generate(), kv of the tokens so far
+        self.cache, self.length = None, 0                   # in generate(): kv of the `length` tokens so far
 
     def forward(self, h, kv, rows=None):
-        """
-        Inputs h (B, T, C), keys and values kv (B, S, 2C) -> (B, T, C). If `rows` picks N tokens (see Block), only these
-        get a query and an output (N, C); the scores are computed for all, because the kernel expects T queries.
-        """
+        """h (B, T, C), keys and values kv (B, S, 2C) -> (B, T, C); only for the N tokens in rows (see Block): (N, C)."""
         B, T, C = h.shape
         q = self.query(h if rows is None else h[rows])
         if rows is not None:
-            q = q.new_zeros(B, T, C).index_put(rows, q)     # zeros for the tokens that skip, dropped below
+            q = q.new_zeros(B, T, C).index_put(rows, q)     # the kernel expects T queries: 0 for tokens that skip
         q = q.view(B, T, self.n_head, -1).transpose(1, 2)                                  # (B, nh, T, hs)
         k, v = kv.view(B, -1, 2, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)     # (B, nh, S, hs) each
         dropout_p = self.dropout if self.training else 0.0
@@ -117,6 +114,12 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=T > 1)
         y = y.transpose(1, 2).flatten(2)                                                   # (B, T, C)
         return self.proj(y if rows is None else y[rows])
+
+    def append_to_cache(self, kv):
+        """Keys and values kv (B, T, 2C) of the newest tokens -> those of all S tokens (B, S, 2C)."""
+        start, self.length = self.length, self.length + kv.size(1)
+        self.cache[:, start:self.length] = kv
+        return self.cache[:, :self.length]
 
 
 class FeedForward(nn.Module):
@@ -143,15 +146,18 @@ class Block(nn.Module):
         self.ln2 = nn.LayerNorm(config.n_embd)
         self.ffn = FeedForward(config)
 
-    def forward(self, x, gate, sparse=False):
+    def forward(self, x, gate=None, sparse=False):
         """
-        x (B, T, C), gate (B, T) -> (B, T, C). If sparse, only the N tokens whose gate is not 0 are computed, with
-        the same result.
+        x (B, T, C), gate (B, T) -> (B, T, C). Without a gate, this is the plain block. If sparse, only the N tokens
+        whose gate is not 0 are computed, with the same result.
         """
         h = self.ln1(x)
         kv = self.attn.key_value(h)             # of all tokens: the others attend to one that skips, too
         if self.attn.cache is not None:         # only in generate()
-            kv = self.attn.cache = torch.cat([self.attn.cache, kv], dim=1)                 # (B, S, 2C)
+            kv = self.attn.append_to_cache(kv)                                             # (B, S, 2C)
+        if gate is None:
+            x = x + self.attn(h, kv)
+            return x + self.ffn(self.ln2(x))
         if not sparse or gate.all():            # every token runs the block
             gate = gate.to(x.dtype).unsqueeze(-1)                                          # (B, T, 1)
             x = x + gate * self.attn(h, kv)                                                # equation (1)
@@ -168,7 +174,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The plain transformer, in which every gate is 1, and the base class of the other models."""
+    """The plain transformer, and the base class of the other models."""
 
     def __init__(self, config):
         super().__init__()
@@ -186,24 +192,22 @@ class Transformer(nn.Module):
                 nn.init.normal_(linear.weight, std=0.02 / (2 * config.n_layer) ** 0.5)
 
     def embed(self, idx):
-        """idx (B, T) -> x (B, T, C) and the gate of the first block, 1 for every token (B, T)."""
-        B, T = idx.shape
-        cache = self.blocks[0].attn.cache
-        start = 0 if cache is None else cache.size(1)
+        """idx (B, T) -> x (B, T, C), at the positions after those in the cache."""
+        T, start = idx.size(1), self.blocks[0].attn.length
         assert 0 < start + T <= self.config.block_size, f"{start + T} tokens: at most {self.config.block_size}"
         assert start == 0 or T == 1, "a cache that holds tokens accepts one at a time"
         x = self.wte(idx) + self.wpe.weight[start:start + T]
-        return F.dropout(x, self.config.dropout, self.training), torch.ones(B, T, device=idx.device)
+        return F.dropout(x, self.config.dropout, self.training)
 
     def head(self, h):
         return F.linear(h, self.wte.weight).float()
 
     def forward(self, idx, sparse=False):
-        """idx (B, T) -> logits (B, T, V) and gates (L, B, T), both float32."""
-        x, one = self.embed(idx)
+        """idx (B, T) -> logits (B, T, V) and gates (L, B, T), both float32. The gate of a plain block counts as 1."""
+        x = self.embed(idx)
         for block in self.blocks:
-            x = block(x, one)
-        return self.head(self.ln_f(x)), one.expand(len(self.blocks), -1, -1)
+            x = block(x)
+        return self.head(self.ln_f(x)), torch.ones(len(self.blocks), *idx.shape, device=idx.device)
 
     def loss(self, idx, targets):
         """idx, targets (B, T) -> the mean cross-entropy, without the depth penalty, and the gates (L, B, T)."""
@@ -227,9 +231,9 @@ class TSA(Transformer):
         training_gate, inference_gate = GATES[self.config.gate]
         make_gate = inference_gate if sparse else training_gate
         first, *others = self.blocks
-        x, one = self.embed(idx)
         # Block 0 has no gate, because before it has run, x says nothing about the context.
-        x, gates = first(x, one), [one]                                                    # (B, T, C), L x (B, T)
+        x = first(self.embed(idx))                                                         # (B, T, C)
+        gates = [torch.ones(idx.shape, device=idx.device)]
         for router, block in zip(self.routers, others):
             gate = make_gate(1 - router(x))                                                # (B, T)
             if self.config.halt:
@@ -254,8 +258,8 @@ class Exit(Transformer):
         if not sparse:
             return super().forward(idx)
         first, *others = self.blocks
-        x, gate = self.embed(idx)                               # gate: 1 until the token exits
-        x, gates, logits = first(x, gate), [gate], 0
+        gate = torch.ones(idx.shape, device=idx.device)         # 1 until the token exits
+        x, gates, logits = first(self.embed(idx)), [gate], 0
         for block, norm in zip(others, [*self.exit_norms[1:], self.ln_f]):
             x = block(x, gate, sparse)
             gates.append(gate)
@@ -266,11 +270,11 @@ class Exit(Transformer):
 
     def loss(self, idx, targets):
         """Return the mean of the cross-entropies of the L predictions, as in the paper, and gates of 1."""
-        (x, one), total, L = self.embed(idx), 0, len(self.blocks)
+        x, total, L = self.embed(idx), 0, len(self.blocks)
         for block, norm in zip(self.blocks, [*self.exit_norms, self.ln_f]):
-            x = block(x, one)
+            x = block(x)
             total = total + token_loss(self.head(norm(x)), targets).sum()
-        return total / L / (targets >= 0).sum(), one.expand(L, -1, -1)
+        return total / L / (targets >= 0).sum(), torch.ones(L, *idx.shape, device=idx.device)
 
 
 MODELS = {"plain": Transformer, "tsa": TSA, "exit": Exit}
@@ -295,10 +299,7 @@ def load_checkpoint(path):
 # What skipping saves, and generation. You can skip this part on a first reading.
 
 def multiply_adds(config, ran, T=None):
-    """
-    The multiply-adds per token of all matrix products in a pass over T tokens (by default a full window), if a share
-    ran[l] of them runs block l.
-    """
+    """Multiply-adds per token in a pass over T tokens (default: block_size), if a share ran[l] of them runs block l."""
     C, L, T = config.n_embd, len(ran), T or config.block_size
     head = C * config.vocab_size
     # For all tokens: keys and values, and attention to T / 2 keys on average, at C for the score and C for the value.
@@ -334,7 +335,8 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, sparse=Tru
                 if idx.size(1) > block_size:
                     idx = idx[:, -max(block_size // 2, 1):]
                 for block in model.blocks:
-                    block.attn.cache = model.wte.weight.new_empty(len(idx), 0, 2 * model.config.n_embd)
+                    block.attn.cache = model.wte.weight.new_empty(len(idx), block_size, 2 * model.config.n_embd)
+                    block.attn.length = 0
                 new = idx
             logits, gates = model(new, sparse)
             logits = logits[:, -1] / max(temperature, 1e-6)                                # (B, V)
@@ -346,4 +348,4 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, sparse=Tru
             yield new, gates[:, :, -1]
     finally:
         for block in model.blocks:
-            block.attn.cache = None
+            block.attn.cache, block.attn.length = None, 0

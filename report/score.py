@@ -1,0 +1,73 @@
+"""
+Score finished runs once more: python -m report.score out/chain-straight-s0 ... [--gate skip]
+
+Append to DIR/scores.json the losses, the savings and the accuracy of a sparse pass, on the validation split and on
+data that no choice was made on: a text's test split, or 1,000 chains from another random seed. For chains, also count
+the tokens with 0, 1, ... hops that ran 1, 2, ... blocks.
+"""
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+import data
+from train import evaluate
+from tsa import GATES, load_checkpoint, savings
+
+
+def count_hops(text):
+    """The number of letters that the chain of each character goes through: "7ab" -> [0, 1, 2]."""
+    hops = []
+    for c in text:
+        hops.append(0 if c in data.DIGITS else 1 + hops[data.LETTERS.index(c)])
+    return hops
+
+
+def blocks_that_suffice(hops):
+    """All tokens hop at once: after l blocks, a token has made 2^l - 1 hops. Every token runs block 0."""
+    return max(hops.bit_length(), 1)
+
+
+@torch.no_grad()
+def score(model, idx, targets, vocab=None):
+    """Score windows idx, targets (n, T); with the vocabulary of the chain puzzle, count its hops, too."""
+    val_loss, _ = evaluate(model, idx, targets, sparse=False)
+    val_loss_sparse, ran = evaluate(model, idx, targets, sparse=True)
+    tlops_saved, macs_saved = savings(model.config, ran, idx.size(1))
+    passes = [model(x, sparse=True) for x in idx.split(64)]
+    right = torch.cat([logits.argmax(-1) for logits, _ in passes]) == targets              # (n, T)
+    result = dict(gate=model.config.gate, val_loss=val_loss, val_loss_sparse=val_loss_sparse, tlops_saved=tlops_saved,
+                  macs_saved=macs_saved, ran=ran, accuracy=right[targets >= 0].double().mean().item())
+    if vocab:
+        blocks = torch.cat([(gates != 0).sum(0) for _, gates in passes])                   # (n, T)
+        hops = torch.tensor([count_hops([vocab[i] for i in row]) for row in idx])
+        needed = torch.tensor([blocks_that_suffice(n) for n in range(5)])[hops]
+        table = [[((hops == n) & (blocks == l)).sum().item() for l in range(1, 1 + len(ran))] for n in range(5)]
+        result |= dict(hops=table, exact=(blocks == needed).double().mean().item(),
+                       fewer=(blocks < needed).sum().item(), fewer_right=(right & (blocks < needed)).sum().item())
+    return result
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Score finished runs once more.")
+    parser.add_argument("folders", type=Path, nargs="+")
+    parser.add_argument("--gate", choices=GATES, help="gate design (default: the run's)")
+    args = parser.parse_args(argv)
+    for folder in args.folders:
+        model, saved = load_checkpoint(folder / "ckpt.pt")
+        model.config.gate = args.gate or model.config.gate
+        corpus, T, vocab, path = data.load(saved["flags"]["data"]), model.config.block_size, None, folder / "scores.json"
+        unseen = corpus.windows("test", T) if "test" in corpus.splits else None
+        if saved["flags"]["data"] == "chain":
+            vocab, unseen = corpus.vocab, data.chain(seed=1).windows("val", T)
+        rows = json.loads(path.read_text()) if path.exists() else []
+        for split, windows in (("val", corpus.windows("val", T)), ("test", unseen)):
+            if windows:
+                rows.append({"split": split} | score(model, *windows, vocab))
+                print(folder, rows[-1])
+        path.write_text(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
