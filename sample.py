@@ -19,7 +19,7 @@ from tsa import GATES, generate, load_checkpoint, savings
 from train import positive
 
 SHIPPED = Path(__file__).resolve().parent / "report" / "python-skip.pt"
-BLUES = (195, 153, 75, 33)              # terminal backgrounds for open gates, from near 0 (pale) to 1 (deep)
+BLUES = (195, 153, 111, 75, 33)         # terminal backgrounds for open gates, from near 0 (pale) to 1 (deep)
 
 
 def paint(text, gate):

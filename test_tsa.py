@@ -90,14 +90,13 @@ def test_sizes_initial_weights_settings_and_savings_are_the_papers():
                        (block.ffn.proj, 0.02 / 12 ** 0.5), (block.attn.query, 1 / 3 ** 0.5 / 16)):      # torch's own
         assert layer.weight.std().item() == pytest.approx(std, rel=0.03)
     assert router.out.bias.item() == -1 and router.fc.out_features == 64
-    for mean_gate, saved in ((.341, .549), (.730, .225), (.726, .228), (.833, .139), (.755, .204)):     # section 3
-        assert abs(savings(Config(), [1] + [mean_gate] * 5)[0] - saved) < 0.0006
+    assert abs(savings(Config(), [1] + [0.341] * 5)[0] - 0.549) < 0.0006        # section 3
 
-@pytest.mark.parametrize("design", DESIGNS)
+@pytest.mark.parametrize("settings", [*DESIGNS.values(), *(dict(gate=gate) for gate in GATES)])
 @pytest.mark.parametrize("sparse", [False, True])
-def test_no_token_sees_the_future(design, sparse):
-    """A gate or an exit that looked ahead would score well and generate rubbish."""
-    model, idx, changed = tiny(**DESIGNS[design]), tokens(), tokens()
+def test_no_token_sees_the_future(settings, sparse):
+    """A gate (your own, too) or an exit that looked ahead would score well and generate rubbish."""
+    model, idx, changed = tiny(**settings), tokens(), tokens()
     changed[:, 9:] = (changed[:, 9:] + 1) % 11
     (logits, gates), (others, other_gates) = model(idx, sparse), model(changed, sparse)
     assert_close((logits[:, :9], gates[..., :9]), (others[:, :9], other_gates[..., :9]))
@@ -150,9 +149,6 @@ def test_early_exit_equals_one_written_out():
         running = running - leaves
     assert_close(model(idx)[0], full)
     assert_same_gradients(model, model.loss(idx, targets)[0], sum(losses) / 4)
-    model.config.confidence = 1.0
-    model.wte.weight.data.mul_(1000)        # probabilities of exactly 1 do not exceed 1
-    assert model(idx, sparse=True)[1].eq(1).all()
 
 def test_gate_designs_follow_their_definitions():
     """A token at a design's threshold still runs. Without the slope, the routers would not learn."""
@@ -181,6 +177,7 @@ def test_bfloat16_closes_no_gate_and_changes_no_closed_token(dtype, precision):
     router, block = Router(Config(gate_bias=6.0, n_embd=256)).to(dtype), tiny().blocks[1].to(dtype)
     x, gate = torch.randn(3, 16, 16, dtype=dtype), torch.randn(3, 16).relu()
     with train.precision("cpu", precision):
+        assert torch.backends.cuda.flash_sdp_enabled() == (precision == "float32")      # the unfused kernel is faster
         p, y, full = router(torch.randn(1, 64, 256, dtype=dtype)), block(x, gate, sparse=True), block(x, gate)
         assert block.ffn.fc(x).dtype == torch.bfloat16
     assert p.dtype == torch.float32 and (1 - p).min() > 0 and len(p.unique()) > 8
@@ -270,7 +267,6 @@ def test_target_of_a_chain_is_the_digit_that_the_letters_lead_to():
         assert read(corpus.vocab, target) == data.chain_answers(text)
         assert all(c.isdigit() or (ord(c) - ord("a")) // 6 == t // 6 - 1 for t, c in enumerate(text))
         assert all(len(places.unique()) == 6 for places in row.split(6))        # so that chains never merge
-    assert 0.19 < (idx[:, 6:] < 10).double().mean() < 0.21
 
 def test_download_is_verified_and_kept(monkeypatch, tmp_path, capsys):
     """An interrupted one leaves nothing, and training takes the standard library. A good one is not repeated."""
@@ -294,10 +290,12 @@ def fit(flags):
     train.main(f"{SMALL} --out_dir run {flags}".split())
     return load_checkpoint("run/ckpt.pt")[1]
 
-def test_run_equals_a_loop_written_out():
+def test_run_equals_a_loop_written_out(monkeypatch):
     """Ten steps match a loop with every setting spelled out: seeds, warm-up, cosine, decay, clip, depth penalty."""
+    monkeypatch.setattr(train, "precision", Mock(side_effect=train.precision))
     saved = fit("--max_iters 10 --learning_rate 0.02 --warmup_iters 4 --lam 0.3 --lam_ramp 0.5 --seed 5 --dropout 0.1 "
                 "--eval_interval 3")
+    assert train.precision.call_args.args == ("cpu", "float32")
     corpus, clipped = data.load("t.txt"), 0
     seeds = [int(np.random.SeedSequence((5, step)).generate_state(1)[0]) for step in range(11)]
     torch.manual_seed(seeds[0])
@@ -331,9 +329,11 @@ def test_result_is_the_score_of_the_checkpoint(run, capsys):
     assert result["ran"] == pytest.approx(ran) and (sum(ran) == 3) == ("plain" in run)
     assert result.items() > saved["flags"].items()
     model.config.gate = "skip"
-    train.main("--resume run --gate skip".split())
+    train.main("--resume run --device cpu --gate skip".split())
     assert f"{train.evaluate(model, idx, targets, True)[0]:.4f} sparse" in capsys.readouterr().out.splitlines()[-3]
     assert Path("run/result.json").read_text() == before
+    sample.main("run/ckpt.pt --device cpu --max_new_tokens 300 --temperature 9".split())
+    assert len(capsys.readouterr().out) < 300 or "copy" not in run         # it ends at the end mark
 
 def test_interrupted_run_resumes_to_the_bit(monkeypatch):
     """After a stop, even in the middle of saving, --resume gives the weights and the result of a whole run."""
@@ -343,14 +343,14 @@ def test_interrupted_run_resumes_to_the_bit(monkeypatch):
             save(run, path) if run["step"] < 4 else path.write_bytes(b"PK") / 0))       # stops after two bytes
         fit(flags)
     assert load_checkpoint("run/ckpt.pt")[1]["step"] == 2
-    train.main(["--resume", "run"])
+    train.main("--resume run --device cpu".split())
     os.rename("run", "resumed")
     whole, resumed = fit(flags), load_checkpoint("resumed/ckpt.pt")[1]
     assert_close(*([run["model"], run["optimizer"]] for run in (resumed, whole)), rtol=0, atol=0)
     assert Path("resumed/result.json").read_text() == Path("run/result.json").read_text()
     Path("t.txt").write_text(TEXT + "§")
     with pytest.raises(SystemExit, match="text has changed"):
-        train.main(["--resume", "run"])
+        train.main("--resume run --device cpu".split())
 
 def test_runs_are_numbered_and_sample_shows_the_newest(capsys):
     """No run overwrites another."""
@@ -364,22 +364,29 @@ def test_runs_are_numbered_and_sample_shows_the_newest(capsys):
         assert capsys.readouterr().err.startswith(f"out/{newest}/ckpt.pt, {how}: ")
 
 @pytest.mark.parametrize("program, flags, words", [
-    (train, "--data one.txt", "repeats one"), (train, "--data short.txt", "13 characters: --block_size"),
-    (train, "--data missing.txt", "No such"), (train, "--data copy --block_size 41", "at least 42"),
-    (sample, "missing.pt", "No such"),
+    (train, "--n_head 3", "128 is not divisible by --n_head 3"), (train, "--n_layer 1", "needs --n_layer 2"),
+    (train, "--max_iters 0", "0 is not positive"), (train, "--gate sigmoid", "invalid choice"),
+    (train, "--out_dir .", "--resume ."), (train, "--resume run --n_embd 32", "--n_embd cannot change"),
+    (train, "--resume missing", "No such"), (train, "--device gpu", "gpu"), (train, "--data one.txt", "repeats one"),
+    (train, "--data short.txt", "13 characters: --block_size"), (train, "--data missing.txt", "No such"),
+    (train, "--data copy --block_size 41", "at least 42"), (sample, "missing.pt", "No such"),
     (sample, "--prompt §", r"'\\xa7'"), (sample, f"{HERE}/report/chain-tsa.pt --prompt 7bc", "'b' at place 2"),
     *((sample, name, f"{name} is damaged or") for name in ("empty.pt", "cut.pt", "foreign.pt", "bomb.pt"))])
-def test_unusable_input_ends_in_one_line(program, flags, words):
-    """No traceback, no new folder, and a malicious checkpoint (it is a pickle) runs no code."""
+def test_mistake_ends_in_one_line(program, flags, words, capsys):
+    """No traceback, nothing overwritten or left behind, and a malicious checkpoint (it is a pickle) runs no code."""
     bomb = type("Bomb", (), {"__reduce__": lambda self: (os.mkdir, ("exploded",))})()
     files = {"one.txt": b"a" * 99, "short.txt": b"ab" * 70, "empty.pt": b"", "foreign.pt": {"config": {"depth": 3}},
              "cut.pt": sample.SHIPPED.read_bytes()[:-100], "bomb.pt": bomb}
     for name, content in files.items():
         Path(name).write_bytes(content) if isinstance(content, bytes) else torch.save(content, name)
-    before = sorted(os.listdir())
-    with pytest.raises(SystemExit, match=f"^error: [^\n]*{words}[^\n]*$"):
+    if "run" in flags:
+        fit("--max_iters 1")
+    before = sorted(Path().rglob("*"))
+    with pytest.raises(SystemExit) as stop:
         program.main(["--device=cpu", *flags.split()])
-    assert sorted(os.listdir()) == before
+    message = capsys.readouterr().err.splitlines()[-1] if stop.value.code == 2 else stop.value.code     # 2: argparse
+    assert re.fullmatch(f"(.*: )?error: [^\n]*{words}[^\n]*", message)
+    assert sorted(Path().rglob("*")) == before
 
 def test_training_that_cannot_succeed_stops(monkeypatch):
     """Weights of nan must not overwrite good ones; with a switch in training, the routers would never learn."""
@@ -405,15 +412,15 @@ def test_map_shows_the_prediction_after_each_block(design, sparse, capsys, monke
         x, norm = block(x, gates[l]), model.exit_norms[l] if design == "exit" and l < 3 else model.ln_f
         best = read(shown, (norm(x) @ model.wte.weight.T)[0].argmax(-1))
         rows.insert(0, (f"block {l} ", [
-            f"\033[30;48;5;{(195, 153, 75, 33)[round(gate * 3)]}m {c}\033[0m" if gate else "  "
+            f"\033[30;48;5;{(195, 153, 111, 75, 33)[round(gate * 4)]}m {c}\033[0m" if gate else "  "
             for c, gate in zip(best, gates[l, 0].tolist())]))
     expected = "".join("".join(name + "".join(cells[part]).rstrip() + "\n" for name, cells in rows) + "\n"
                        for part in (slice(0, 6), slice(6, 9)))          # 20 columns hold 6 cells
     plain = re.sub(r"\033\[[0-9;]*m", "", expected)
     monkeypatch.setenv("COLUMNS", "20")
-    for is_terminal, no_color, out in ((True, "", expected), (False, "", plain), (True, "1", plain)):
+    for no_color, out in (("", expected), ("1", plain)):
         monkeypatch.setenv("NO_COLOR", no_color)
-        monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
         sample.write_map(model, vocab, idx, sparse, right + "?")
         assert capsys.readouterr().out == out and not model.blocks[0]._forward_hooks
 
@@ -424,7 +431,7 @@ def test_color_of_a_character_is_its_depth(capsys, monkeypatch):
     steps = list(generate(model, data.encode(saved["prompt"], saved["vocab"])[None], 40, 2.0, top_k=3))
     expected, ran = saved["prompt"], torch.cat([gates != 0 for _, gates in steps], 1).double()              # (L, 40)
     for (idx_next, _), depth in zip(steps, ran.mean(0).tolist()):
-        c, color = saved["vocab"][idx_next], (195, 153, 75, 33)[round(depth * 3)]
+        c, color = saved["vocab"][idx_next], (195, 153, 111, 75, 33)[round(depth * 4)]
         expected += c if c == "\n" else f"\033[30;48;5;{color}m{c}\033[0m"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     sample.main("--max_new_tokens=40 --temperature=2 --top_k=3 --seed=1 --device=cpu".split())
@@ -435,10 +442,14 @@ def test_color_of_a_character_is_its_depth(capsys, monkeypatch):
 
 @pytest.mark.parametrize("path", sorted((HERE / "report").glob("*.pt")), ids=lambda path: path.stem)
 def test_shipped_models_work(path, capsys):
-    """They are a reader's first look inside; those of the chain puzzle solve it."""
+    """They are a reader's first look inside; those of the chain puzzle solve it. A full pass claims no saving."""
+    model, saved = load_checkpoint(path)
+    gates = model(data.encode(saved["prompt"], saved["vocab"])[None], sparse=True)[1]
+    tlops, macs = savings(model.config, (gates != 0).double().mean((1, 2)).tolist(), gates.size(2))
     sample.main([str(path), "--map", "--device=cpu"])
-    rows, _, answers = capsys.readouterr().out.partition("answer")
-    assert "block 0" in rows and "!" not in answers and bool(answers) == ("chain" in path.name)
+    out, err = capsys.readouterr()
+    assert "block 0" in out and "!" not in out and ("answer" in out) == ("chain" in path.name)
+    assert f"saving {tlops:.1%} of token-layer operations and {macs:.1%} of" in err or "tsa.pt, full: every" in err
 
 def test_code_in_the_readme_is_that_of_tsa_or_works(monkeypatch):
     """A tutorial that quotes a different program from the one it comes with is worse than none."""

@@ -102,7 +102,7 @@ class Attention(nn.Module):
         self.cache, self.length = None, 0                   # in generate(): kv of the `length` tokens so far
 
     def forward(self, h, kv, rows=None):
-        """h (B, T, C), keys and values kv (B, S, 2C) -> (B, T, C); only for the N tokens in rows (see Block): (N, C)."""
+        """h (B, T, C), keys and values kv (B, S, 2C) -> (B, T, C), or (N, C) for the N tokens of `rows` (see Block)."""
         B, T, C = h.shape
         q = self.query(h if rows is None else h[rows])
         if rows is not None:

@@ -125,10 +125,11 @@ def draw(summary, rows, path):
         if key[0] != family:
             family, y = key[0], y - 1
             labels[y], y = TITLES[family], y - 1
-        line, = (line for line in summary if (line["family"], line["name"], line["split"], line["gate"])
-                 == (key[0], f"{key[0]}-{key[1]}", "val", key[2]))
-        plain, = (line for line in summary if (line["name"], line["split"]) == (f"{key[0]}-plain{LAYERS.get(family, 6)}", "val"))
-        percent = [100 * difference / plain["val_loss"][0] for difference in against_plain(line, rows)]
+        names = f"{family}-{key[1]}", f"{family}-plain{LAYERS.get(family, 6)}"
+        line, plain = ([line for line in summary if (line["name"], line["split"], line["gate"]) == (name, "val", gate)]
+                       for name, gate in zip(names, (key[2], "")))
+        line, = line
+        percent = [100 * difference / plain[0]["val_loss"][0] for difference in against_plain(line, rows)]
         mean, half = interval(percent)
         color = "C3" if key[4] else "C0"
         axes.errorbar(mean, y, xerr=half, fmt="o", color=color, capsize=3)

@@ -57,7 +57,8 @@ def main(argv=None):
     for folder in args.folders:
         model, saved = load_checkpoint(folder / "ckpt.pt")
         model.config.gate = args.gate or model.config.gate
-        corpus, T, vocab, path = data.load(saved["flags"]["data"]), model.config.block_size, None, folder / "scores.json"
+        corpus, T, vocab = data.load(saved["flags"]["data"]), model.config.block_size, None
+        path = folder / "scores.json"
         unseen = corpus.windows("test", T) if "test" in corpus.splits else None
         if saved["flags"]["data"] == "chain":
             vocab, unseen = corpus.vocab, data.chain(seed=1).windows("val", T)
