@@ -1,11 +1,11 @@
 """
 Train and evaluate a model:
 
-    python train.py                                             a small version of the paper's model
-    python train.py --model plain                               the same without gates
-    python train.py --preset chain --gate stretch --lam 0.1     a puzzle on which skipping pays, in about a minute
-    python train.py --resume out/tsa-1                          continue an interrupted run
-    python train.py --resume out/tsa-1 --gate skip              score a finished one with another gate
+    python train.py                                                     a small version of the paper's model
+    python train.py --model plain                                       the same without gates
+    python train.py --preset chain --gate straight --halt --lam 0.03    a puzzle, in two minutes
+    python train.py --resume out/tsa-1                                  continue an interrupted run
+    python train.py --resume out/tsa-1 --gate skip                      score a finished one with another gate
 
 --help lists all flags. Each step's random numbers depend only on (seed, step), so that all designs are trained on the
 same batches, and a resumed run matches one that was never interrupted (on a CPU, bit for bit).
@@ -76,7 +76,7 @@ def parse_flags(argv):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps ...")
     add("--dtype", choices=("float32", "bfloat16"), help="precision of the training step")
     add("--compile", action="store_true", help="compile the loss with torch.compile")
-    add("--out_dir", type=Path, help="output folder, which must not exist yet (default: out/tsa-1, out/tsa-2, ...)")
+    add("--out_dir", type=Path, help="new output folder; None: out/tsa-1, out/tsa-2, ...")
     add("--resume", type=Path, help="folder of a run to continue: its flags become the defaults")
 
     # Defaults, each replacing those before: the flags' own, the preset's, the resumed run's. A flag that is given wins.
@@ -107,10 +107,7 @@ def supports_bfloat16(device):
 
 @contextlib.contextmanager
 def precision(device, dtype):
-    """
-    The context of a training step's forward pass. On a CPU in bfloat16, the unfused attention kernel is faster: a step
-    takes 0.7 times as long.
-    """
+    """The context of a training step's forward pass. On a CPU in bfloat16, the unfused attention kernel is faster."""
     unfused = sdpa_kernel(SDPBackend.MATH) if (device, dtype) == ("cpu", "bfloat16") else contextlib.nullcontext()
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16"), unfused:
         yield

@@ -4,10 +4,10 @@ Measure what skipping saves in wall-clock time:
     python -m report.clock report/python-skip.pt --layers 12 9 --csv report/clock.csv
     python -m report.clock --n_embd 256 --layers 6 3 --csv report/clock.csv
 
-Plain models with the given numbers of layers and the sparse model take turns in one process, on text of the validation
-split, in float32. Prefill processes whole windows; decode processes the second half of each window token by token.
-Without a checkpoint, text and weights are random, and each of three models opens its gates at random with one of the
-probabilities SHARES. `predicted` is the speed-up that the saved multiply-adds alone would give.
+Plain models with the given numbers of layers and the sparse model take turns in one process, in float32, on text of
+the validation split. Prefill processes whole windows; decode processes the second half of each token by token. Without
+a checkpoint, text and weights are random, and gates are open at random with the probabilities SHARES. `predicted` is
+the speed-up that the saved multiply-adds alone would give.
 """
 import argparse
 import csv
@@ -21,13 +21,8 @@ import torch
 import data
 from tsa import GATES, MODELS, Config, load_checkpoint, multiply_adds
 
-WORKS = (("prefill", 64), ("prefill", 8), ("prefill", 1), ("decode", 8), ("decode", 1))         # and the batch size
+WORKS = ("prefill 64", "prefill 8", "prefill 1", "decode 8", "decode 1")        # and the batch size
 SHARES = (0.726, 0.5, 0.3)      # 0.726 is the mean gate that the paper reports on Tiny-Shakespeare
-
-
-def prefill(model, idx):
-    """Return a function that runs idx (B, T) in one sparse pass."""
-    return lambda: model(idx, sparse=True)[1]
 
 
 def decode(model, idx):
@@ -51,7 +46,7 @@ def seconds_of(call, device):
     """Seconds that a call takes, including the work that it queues on the device."""
     began = time.perf_counter()
     call()
-    if torch.device(device).type != "cpu":
+    if device != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter() - began
 
@@ -63,8 +58,9 @@ def clock(models, text, work, B, seconds, device):
     median time of a prefill or of decoding a token, with its quartiles; `speedup` the median of the ratios to the
     first model in each round.
     """
-    idx, T = text.repeat(B // len(text) + 1, 1)[:B], text.size(1)
-    calls = [{"prefill": prefill, "decode": decode}[work](model, idx) for model in models.values()]
+    idx, T = text.repeat(int(B) // len(text) + 1, 1)[:int(B)], text.size(1)
+    calls = [decode(model, idx) if work == "decode" else lambda model=model: model(idx, sparse=True)[1]
+             for model in models.values()]
     shares = [(call() != 0).double().mean((1, 2)).tolist() for call in calls]           # also the warm-up
     rounds, end = [], time.perf_counter() + seconds
     while len(rounds) < 3 or time.perf_counter() < end:
@@ -85,6 +81,7 @@ def main(argv=None):
     add("ckpt", type=Path, nargs="?", help="time this model (default: random weights and gates)")
     add("--layers", type=int, nargs="+", required=True, help="layers of the plain models; the first is the baseline")
     add("--n_embd", type=int, default=256, help="width of the random weights (default: 256, the paper's)")
+    add("--works", choices=WORKS, nargs="+", default=WORKS, help="what to time, with the batch size (default: all)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seconds", type=float, default=20, help="seconds per measurement (default: 20)")
     add("--csv", type=Path, required=True, help="file to which the rows are appended")
@@ -105,16 +102,15 @@ def main(argv=None):
     for each in models.values():
         each.to(args.device).eval()
     name = args.ckpt or f"random weights, width {config.n_embd}"
-    for work, B in WORKS:
-        rows = clock(models, text.to(args.device), work, B, args.seconds, args.device)
+    for work in args.works:
+        rows = clock(models, text.to(args.device), *work.split(), args.seconds, args.device)
         with open(args.csv, "a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, ["model", "device", "threads", *rows[0]])
             if file.tell() == 0:        # a new file
                 writer.writeheader()
             for row in rows:
                 writer.writerow({"model": name, "device": args.device, "threads": torch.get_num_threads()} | row)
-                print("{work} {batch:<3} {gates:12} {open:.3f} open {ms:10.3f} ms ({ms_low:.3f} to {ms_high:.3f})  "
-                      "speed-up {speedup:.2f}, predicted {predicted:.2f}".format(**row))
+                print(*row.values())
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ Collect the rows of finished runs, print their means and compare them with plain
     python -m report.plot out --csv report/results.csv --svg report/forest.svg
 
 Reads result.json and the scores.json of report.score in every folder FAMILY-NAME-s0, -s1, ... and the rows that the csv
-file already has. Savings are counted anew from `ran`, relative to the plain model with 6 layers (or LAYERS). The
-figure needs matplotlib.
+file already has. Savings are counted anew from `ran`, relative to the plain model with LAYERS. The figure needs
+matplotlib.
 """
 import argparse
 import csv
@@ -28,19 +28,13 @@ COLUMNS = ("family", "run", "split", "model", "gate", "halt", "variant", "lam", 
            "permuted", "ran", "gates", "hops", "dtype", "processor", "threads", "commit")
 # Means over n seeds: the 97.5% quantile of Student's t with n - 1 degrees of freedom
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
-FOREST = (      # family, runs, gate, label, whether it is a control
-    ("shakespeare", "tsa", "skip", "skip", False), ("shakespeare", "stretch", "stretch", "stretch", False),
-    ("stdlib", "tsa", "skip", "skip", False), ("stdlib", "stretch", "stretch", "stretch", False),
-    ("deep", "tsa", "skip", "skip", False), ("deep", "stretch", "stretch", "stretch", False),
-    ("deep", "several8", "", "no skipping: 8 layers, loss after every block", True),
-    ("deep", "several10", "", "no skipping: 10 layers, loss after every block", True),
-    ("drop", "tsa", "skip", "skip", False))
-TITLES = {"shakespeare": "Shakespeare, 6 layers", "stdlib": "Python, 6 layers", "deep": "Python, 12 layers",
-          "drop": "Python, 12 layers, three times as long, dropout"}
-
-
-def name_of(row):
-    return re.sub(r"-s\d+$", "", row["run"])
+FOREST = {      # heading: (name of the runs, gate, label); red: models that skip nothing
+    "Shakespeare, 6 layers": [("shakespeare-tsa", "skip", "skip"), ("shakespeare-stretch", "stretch", "stretch")],
+    "Python, 6 layers": [("stdlib-tsa", "skip", "skip"), ("stdlib-stretch", "stretch", "stretch")],
+    "Python, 12 layers": [("deep-tsa", "skip", "skip"), ("deep-stretch", "stretch", "stretch"),
+                          ("deep-several8", "", "8 plain layers with a loss after every block"),
+                          ("deep-several10", "", "10 plain layers with a loss after every block")],
+    "Python, 12 layers, three times as long, dropout": [("drop-tsa", "skip", "skip")]}
 
 
 def count(row):
@@ -80,8 +74,8 @@ def summarize(rows):
     """Rows -> a dictionary per group that differs only in the seed: its rows, and mean and deviation of each score."""
     groups = {}
     for row in rows:
-        confidence = row["confidence"] if row["model"] == "exit" else ""
-        key = row["family"], name_of(row), row["split"], row["gate"] if row["model"] == "tsa" else "", str(confidence)
+        gate, confidence = row["gate"] * (row["model"] == "tsa"), str(row["confidence"]) * (row["model"] == "exit")
+        key = row["family"], re.sub(r"-s\d+$", "", row["run"]), row["split"], gate, confidence
         groups.setdefault(key, []).append(row)
     summary = []
     for key, group in sorted(groups.items()):
@@ -117,27 +111,25 @@ def interval(values):
 def draw(summary, rows, path):
     """A forest plot: by how many percent the sparse loss differs from plain models of equal multiply-adds."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    axes, y, labels, family = figure.subplots(), 0, {}, None
-    axes.axvspan(-0.31, 0.31, color="0.9")          # twice the deviation of reruns of one seed
+    lines = {(line["name"], line["gate"]): line for line in summary if line["split"] == "val"}
+    axes = (figure := Figure(figsize=(9, 4.2), layout="constrained")).subplots()
+    axes.axvspan(-0.31, 0.31, color="0.9")          # twice the deviation between reruns of one seed
     axes.axvline(0, color="black", lw=0.8)
-    for key in FOREST:
-        if key[0] != family:
-            family, y = key[0], y - 1
-            labels[y], y = TITLES[family], y - 1
-        names = f"{family}-{key[1]}", f"{family}-plain{LAYERS.get(family, 6)}"
-        line, plain = ([line for line in summary if (line["name"], line["split"], line["gate"]) == (name, "val", gate)]
-                       for name, gate in zip(names, (key[2], "")))
-        line, = line
-        percent = [100 * difference / plain[0]["val_loss"][0] for difference in against_plain(line, rows)]
-        mean, half = interval(percent)
-        color = "C3" if key[4] else "C0"
-        axes.errorbar(mean, y, xerr=half, fmt="o", color=color, capsize=3)
-        axes.plot(percent, [y] * len(percent), "|", color=color, ms=12)
-        labels[y], y = f"{key[3]} ({line['macs_saved'][0]:.0%} saved)", y - 1
+    y, labels = 0, {}
+    for heading, models in FOREST.items():
+        labels[y] = heading
+        for name, gate, label in models:
+            line, color, y = lines[name, gate], "C3" if "several" in name else "C0", y - 1
+            plain = lines[f"{line['family']}-plain{LAYERS.get(line['family'], 6)}", ""]["val_loss"][0]
+            percent = [100 * difference / plain for difference in against_plain(line, rows)]
+            mean, half = interval(percent)
+            axes.errorbar(mean, y, xerr=half, fmt="o", color=color, capsize=3)
+            axes.plot(percent, [y] * len(percent), "|", color=color, ms=12)
+            labels[y] = f"{label} ({line['macs_saved'][0]:.0%} saved)"
+        y -= 2
     axes.set_yticks(list(labels), labels.values())
     for text in axes.get_yticklabels():
-        text.set_fontweight("bold" if text.get_text() in TITLES.values() else "normal")
+        text.set_fontweight("bold" if text.get_text() in FOREST else "normal")
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("sparse loss against plain models with as many multiply-adds (%)")
     axes.spines[["top", "right", "left"]].set_visible(False)

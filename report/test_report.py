@@ -1,0 +1,148 @@
+"""Tests of the programs in report/: the published numbers depend on them. Run with `python -m pytest -q`."""
+import csv
+import html
+import json
+import re
+import subprocess
+import sys
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+
+import data
+import sample
+import train
+from report import clock, plot, score
+from test_tsa import HERE, folder, fit, tiny, tokens       # noqa: F401
+from tsa import GATES, Config, generate, load_checkpoint, savings
+
+README, REPORT = ((HERE / name).read_text(encoding="utf-8") for name in ("README.md", "report/README.md"))
+
+
+# score.py -------------------------------------------------------------------------------------------------------
+def test_hops_are_counted_along_the_letters():
+    """n hops need the smallest l with 2^l - 1 >= n, because all tokens hop at once."""
+    assert score.count_hops("7ab4dc") == [0, 1, 2, 0, 1, 3]
+    assert [score.blocks_that_suffice(n) for n in range(9)] == [1, 1, 2, 2, 3, 3, 3, 3, 4]
+
+def test_scores_are_those_of_training(monkeypatch):
+    """The tables mix rows of score.py and train.py."""
+    saved = fit("--data copy --block_size 50 --max_iters 3 --gate straight --halt --gate_bias -0.3 --learning_rate 0.1")
+    score.main(["run"])
+    (model, _), result = load_checkpoint("run/ckpt.pt"), json.loads(open("run/result.json").read())
+    row, = json.loads(open("run/scores.json").read())       # tasks other than chains have no unseen split
+    assert row["split"] == "val" and "hops" not in row
+    assert all(row[name] == pytest.approx(result[name]) for name in row.keys() & result.keys() - {"gate"})
+    idx, targets = data.load("copy").windows("val", 50)
+    right = (model(idx, sparse=True)[0].argmax(-1) == targets)[:, 21:]          # what precedes | is not scored
+    assert row["accuracy"] == pytest.approx(right.double().mean().item()) and saved["step"] == 3
+    fit("--max_iters 1 --out_dir text")
+    score.main(["text"])
+    score.main(["text", "--gate", "skip"])
+    rows = json.loads(open("text/scores.json").read())
+    assert [(row["split"], row["gate"]) for row in rows] == [
+        ("val", "soft"), ("test", "soft"), ("val", "skip"), ("test", "skip")]
+    assert rows[0]["val_loss"] != rows[1]["val_loss"] and rows[0]["val_loss_sparse"] != rows[2]["val_loss_sparse"]
+    (open("text/about.json", "w")).write('{"commit": "abc1234"}')
+    collected = plot.read_runs(["."])
+    assert [(row["run"], row["split"], row["gate"], row.get("commit")) for row in collected] == [
+        ("run", "val", "straight", None), *(("text", row["split"], row["gate"], "abc1234") for row in rows)]
+    assert "accuracy" in collected[0] and collected[2]["val_loss"] == rows[1]["val_loss"]
+
+def test_shipped_chain_model_runs_the_blocks_that_suffice():
+    """The README's table of hops is that of this model."""
+    model, saved = load_checkpoint(HERE / "report" / "chain.pt")
+    result = score.score(model, *(part[:200] for part in data.load("chain").windows("val", 30)), saved["vocab"])
+    table = torch.tensor(result["hops"])
+    assert table.sum() == 200 * 30 and result["exact"] > 0.9 and result["accuracy"] > 0.99
+    exact = table[[0, 1, 2, 3, 4], [0, 0, 1, 1, 2]].sum() / table.sum()
+    fewer = table[2:, 0].sum() + table[4, 1]
+    assert (result["exact"], result["fewer"]) == (pytest.approx(exact.item()), fewer) and result["fewer_right"] <= fewer
+
+
+# plot.py --------------------------------------------------------------------------------------------------------
+def row(run, loss, seed=0, macs=0.0, **settings):
+    return dict(family=run.partition("-")[0], run=run, split="val", gate="soft", model="tsa", confidence="", seed=seed,
+                tlops_saved=0.5, val_loss=9.0, val_loss_sparse=loss, macs_saved=macs) | settings
+
+def test_models_are_compared_at_equal_multiply_adds_with_their_own_seed():
+    """Seeds differ by more than models do, so only paired differences say anything."""
+    t = plot.T_95[3]        # with 2 degrees of freedom, Student's t has a closed form
+    assert 0.5 + t / 2 / (2 + t * t) ** 0.5 == pytest.approx(0.975, abs=1e-5)
+    assert plot.interval([1.0, 2.0, 6.0]) == (3.0, pytest.approx(t * 7 ** 0.5 / 3 ** 0.5))
+    plain = [row(f"a-plain{n}-s{seed}", loss + seed, seed, macs, model="plain")
+             for n, loss, macs in ((6, 1.0, 0.0), (5, 1.1, 0.2), (4, 1.5, 0.4)) for seed in (0, 1)]
+    others = [other | {"split": "test", "val_loss_sparse": 9.0} for other in plain]
+    ours = [row("a-x-s0", 1.0, 0, 0.1), row("a-x-s1", 2.5, 1, 0.3), row("a-x-s2", 2.5, 2, 0.3)]
+    line, = plot.summarize(ours)
+    assert line["name"] == "a-x" and line["val_loss_sparse"] == (2.0, pytest.approx(0.75 ** 0.5))
+    assert plot.against_plain(line, plain + others + ours) == pytest.approx([1.0 - 1.05, 2.5 - 2.3])
+    assert plot.against_plain(line, plain[2:]) == []                # no plain model that saves nothing
+    assert plot.against_plain({"rows": [row("a-x-s0", 1.0, 0, 0.5)]}, plain) == []      # no extrapolation
+    assert len(plot.summarize(plain + others + ours + [ours[0] | {"gate": "skip"}])) == 3 + 3 + 2
+
+def test_savings_are_counted_from_what_ran_relative_to_the_familys_plain_model():
+    """A saving relative to another depth must not get into the tables."""
+    layer, head, routers = 12 * 128 ** 2 + 64 * 128, 128 * 65, 2 * 129 * 32
+    gated = 3 * (2 * 128 ** 2 + 64 * 128) + 1.5 * 10 * 128 ** 2 + routers + head          # by hand
+    sizes = dict(vocab_size="65", block_size="64", n_embd="128", n_layer="3", ran=[1, 0.5, 0], val_loss=1.0)
+    for run, L, used, ran in (("chain3-shalt-s0", 6, gated, 1.5), ("deep-x-s0", 12, gated, 1.5),
+                              ("deep-several3-s0", 12, 3 * layer + head, 3)):
+        counted = plot.count(row(run, 9.0) | sizes)
+        assert counted["tlops_saved"] == pytest.approx(1 - ran / L)
+        assert counted["macs_saved"] == pytest.approx(1 - used / (L * layer + head))
+        assert counted["val_loss_sparse"] == (1.0 if "several" in run else 9.0)
+    copied = plot.count(row("copy-x-s0", 9.0) | sizes)      # sequences of 42 tokens
+    assert copied["macs_saved"] == pytest.approx(1 - (gated - 3 * 22 * 128) / (6 * (layer - 22 * 128) + head))
+
+def test_numbers_on_the_pages_are_those_of_results_and_clock(monkeypatch, tmp_path, capsys):
+    """A table that drifts away from its rows costs a reader's trust."""
+    (copied := tmp_path / "r.csv").write_bytes((HERE / "report" / "results.csv").read_bytes())
+    fake = MagicMock()
+    monkeypatch.setitem(sys.modules, "matplotlib", fake)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", fake.figure)
+    plot.main(["--csv", str(copied), "--svg", "x.svg"])
+    assert copied.read_bytes() == (HERE / "report" / "results.csv").read_bytes()
+    axes = fake.figure.Figure.return_value.subplots.return_value
+    assert len(axes.errorbar.call_args_list) == sum(map(len, plot.FOREST.values()))
+    assert axes.errorbar.call_args_list[0].args[0] == pytest.approx(100 * 0.0014 / 1.5256, abs=0.005)      # Shakespeare
+    printed, cells = capsys.readouterr().out, set()
+    for line in printed.splitlines():
+        found = dict(re.findall(r"(\w+) (-?\d\.\d{4} ± (?:\d\.\d{4}|nan))", line))
+        cells |= {value.replace(" ± nan", "") for value in found.values()}
+        cells |= set(re.findall(r"[+-]\d\.\d{4} ± \d\.\d{4}|[+-]\d\.\d{4}(?= ± nan)", line))
+    for line in plot.summarize(rows := plot.read_csv(copied)):
+        cells.add("{:.1f} / {:.1%}".format(100 * line["tlops_saved"][0], line["macs_saved"][0]))
+        cells |= {f"{100 * each['tlops_saved']:.1f} / {each['macs_saved']:.1%}" for each in line["rows"]}
+        cells |= {f"{each[name]:.4f}" for each in line["rows"] for name in ("val_loss", "val_loss_sparse")}
+        cells.add("{:.1%} ± {:.1%}".format(*line["macs_saved"]))
+    used = set(re.findall(r"[+-]?\d\.\d{4} ± \d\.\d{4}|-?\d+\.\d / -?\d+\.\d%|\d\d\.\d% ± \d\.\d%", README + REPORT))
+    assert len(rows) > 300 and len(used) > 80 and not used - cells, used - cells
+    with open(HERE / "report" / "clock.csv", newline="") as file:
+        ratios = {f"{float(line['speedup']):.2f} ({float(line['predicted']):.2f})" for line in csv.DictReader(file)}
+    used = set(re.findall(r"\d\.\d\d \(\d\.\d\d\)", REPORT))
+    assert len(used) > 20 and not used - ratios, used - ratios
+
+
+# clock.py, screenshot.py and the pictures -----------------------------------------------------------------------
+def test_clock_times_what_it_says(monkeypatch, tmp_path, capsys):
+    """Each model in turn; decoding the second half of the text, every round the same."""
+    times, seen = iter([4.0, 2.0, 1.0, 8.0, 2.0, 1.0, 9.0, 3.0, 3.0] * 5), []
+    monkeypatch.setattr(clock, "seconds_of", lambda call, device: next(times))
+    clock.main([str(HERE / "report" / "chain.pt"), *"--layers 6 3 --device cpu --seconds 0 --csv c.csv".split()])
+    with open("c.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["work"], row["batch"], row["gates"]) for row in rows[-3:]] == [
+        ("decode", "1", "plain 6"), ("decode", "1", "plain 3"), ("decode", "1", "straight")]
+    assert [float(rows[i]["speedup"]) for i in range(3)] == [1, 3, 4] and float(rows[0]["ms"]) == 8000
+    assert float(rows[12]["ms"]) == 8000 / 15 and 0.05 < float(rows[2]["open"]) < 0.15      # 15 tokens in a round
+    assert float(rows[1]["predicted"]) == pytest.approx(1 / (1 - 0.4965), abs=1e-3)         # half of the layers
+    model, idx = tiny(), tokens()
+    model.wte.register_forward_pre_hook(lambda wte, args: seen.append(args[0]))
+    with torch.inference_mode():
+        call = clock.decode(model, idx)
+        expected = torch.cat([model(idx[:, :t], sparse=True)[1][:, :, -1:] for t in range(9, 17)], 2)
+        seen.clear()
+        assert torch.equal(call() != 0, expected != 0) and torch.equal(call() != 0, expected != 0)
+    assert torch.equal(torch.cat(seen, 1), torch.cat([idx[:, 8:]] * 2, 1)) and model.blocks[0].attn.cache is None
