@@ -45,7 +45,7 @@ class Data:
         idx, targets = self.splits["train"]
         T, stride = (self.length, self.length) if self.length else (T, 1)
         start = stride * torch.randint((len(idx) - T) // stride + 1, (B, 1))
-        rows = start + torch.arange(T)                                                     # (B, T)
+        rows = start + torch.arange(T)                                          # (B, T)
         return idx[rows], targets[rows]
 
     def windows(self, split, T):
@@ -98,7 +98,7 @@ def task_data(vocab, idx, targets, prompt):
 
 def copy_or_sort(name):
     """The paper's tasks (section 2): `^source|target$`, with the source or the sorted source as target."""
-    # The vocabulary (`.` is padding, unused here) and the length are those of the paper's code.
+    # The vocabulary (`.` is unused padding) and the length are those of the paper's code.
     vocab, n, length = ".^|$abcdefghijklmnopqrstuvwxyzAB", 10_000 + N_VAL, 20
     source = np.random.default_rng(0).integers(4, len(vocab), size=(n, length))
     target = source if name == "copy" else np.sort(source, axis=1)
@@ -111,7 +111,7 @@ def copy_or_sort(name):
 def chain(seed=0):
     """
     A task that needs depth: 5 rounds of 6 places. In round 0, every place holds a digit. In later rounds, a place holds
-    a digit or a letter that points to one of the 6 places of the previous round (`a` to place 1, `g` to place 7, ...).
+    a digit, or a letter that points to a place of the previous round (`a` to place 1, `g` to place 7, ...).
     The target at each place is the digit at the end of its chain of letters, so each hop (following one letter) depends
     on the one before. No digit or letter occurs twice within a round, so chains never merge. A sequence and its
     targets:
@@ -125,9 +125,9 @@ def chain(seed=0):
     def distinct(k):        # for each of the n sequences, PLACES distinct numbers below k
         return rng.random((n, k)).argsort(axis=1)[:, :PLACES]
 
-    idx = targets = distinct(len(DIGITS))                                                  # (n, PLACES), round 0
+    idx = targets = distinct(len(DIGITS))                                       # (n, PLACES), round 0
     for previous in range(0, (ROUNDS - 1) * PLACES, PLACES):        # where the previous round begins
-        digit, place = distinct(len(DIGITS)), previous + distinct(PLACES)                  # (n, PLACES)
+        digit, place = distinct(len(DIGITS)), previous + distinct(PLACES)       # (n, PLACES)
         is_digit = rng.random((n, PLACES)) < 0.2                    # otherwise, a letter that points to `place`
         idx = np.hstack([idx, np.where(is_digit, digit, len(DIGITS) + place)])
         targets = np.hstack([targets, np.where(is_digit, digit, targets[row, place])])
@@ -157,7 +157,7 @@ def fetch(name):
             raise OSError(f"cannot download {url} ({error}); download it yourself and save it as {path}") from None
         FOLDER.mkdir(exist_ok=True)
         path.with_suffix(".tmp").write_bytes(content)
-        path.with_suffix(".tmp").rename(path)       # so that an interrupted write leaves no partial file
+        path.with_suffix(".tmp").rename(path)       # an interrupted write leaves no partial file
     return path
 
 
@@ -172,10 +172,10 @@ def shakespeare_or_stdlib():
 
 
 def load(name):
-    """Load a corpus by name (see the top of this file). Raise OSError or ValueError if that fails."""
+    """Load a corpus (see the top of this file). Raise OSError or ValueError if that fails."""
     if name in ("copy", "sort", "chain"):
         return chain() if name == "chain" else copy_or_sort(name)
-    if name == "enwik8":        # raw XML, split as in the paper; the loss is per Unicode character
+    if name == "enwik8":        # raw XML, split as in the paper
         with zipfile.ZipFile(fetch(name)) as archive:
             return text_data(archive.read("enwik8").decode("utf-8"), split=(0.9, 0.95))
     if name == "stdlib":        # its top-level modules, 4.7 million characters in Python 3.11

@@ -1,15 +1,14 @@
 """
 Look inside a trained model:
 
-    python sample.py                            generate text; in a terminal, colors show how many blocks ran
-    python sample.py --map                      show what the model would predict for each token after each block
-    python sample.py report/chain.pt            a map of a chain, with the correct answers
+    python sample.py                        generate text; in a terminal, colors show how many blocks ran
+    python sample.py --map                  show what the model would predict for each token after each block
+    python sample.py report/chain.pt        a map of a chain, with the correct answers
 """
 import argparse
 import os
 import shutil
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -19,11 +18,11 @@ from tsa import GATES, generate, load_checkpoint, savings
 from train import positive
 
 SHIPPED = Path(__file__).resolve().parent / "report" / "python-skip.pt"
-BLUES = (195, 153, 111, 75, 33)         # terminal backgrounds for open gates, from near 0 (pale) to 1 (deep)
+BLUES = (195, 153, 111, 75, 33)         # terminal colors for open gates, from near 0 (pale) to 1 (deep)
 
 
 def paint(text, gate):
-    """In a terminal, color the background of the text: the larger the gate, the deeper. A closed gate gets none."""
+    """In a terminal, color the background of the text by the gate. A closed gate gets no color."""
     if gate == 0 or not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
         return text
     return f"\033[30;48;5;{BLUES[round(min(max(gate, 0), 1) * (len(BLUES) - 1))]}m{text}\033[0m"
@@ -34,7 +33,7 @@ def write_text(model, vocab, idx, args, sparse, end):
     print("".join(vocab[i] for i in idx[0]), end="")
     steps = []
     for idx_next, gates in generate(model, idx, args.max_new_tokens, args.temperature, args.top_k, sparse):
-        c, gates = vocab[idx_next.item()], gates.cpu()                                     # gates (L, 1)
+        c, gates = vocab[idx_next.item()], gates.cpu()                          # gates (L, 1)
         depth = (gates != 0).float() if sparse else gates               # if sparse, the share of the blocks that ran
         print(c if c == "\n" else paint(c, depth.mean().item()), end="", flush=True)
         steps.append(gates)
@@ -57,15 +56,15 @@ def write_map(model, vocab, idx, sparse, answers):
     for hook in hooks:
         hook.remove()
     norms = [*getattr(model, "exit_norms", [model.ln_f] * (L - 1)), model.ln_f]
-    predicted = [model.head(norm(x))[0].argmax(-1).tolist() for norm, x in zip(norms, outputs)]       # (L, T)
-    final, gates = logits[0].argmax(-1).tolist(), gates[:, 0].cpu()                        # (T,), (L, T)
+    predicted = [model.head(norm(x))[0].argmax(-1).tolist() for norm, x in zip(norms, outputs)]  # (L, T)
+    final, gates = logits[0].argmax(-1).tolist(), gates[:, 0].cpu()             # (T,), (L, T)
 
     shown = [{"\n": "⏎", " ": "␣", "\t": "⇥"}.get(c, c) for c in vocab]
     width = max((shutil.get_terminal_size().columns - len("answer  ")) // 2, 1)
     for part in torch.arange(T).split(width):
         for l in reversed(range(L)):
             cells = (paint(" " + shown[predicted[l][t]], gates[l, t].item()) if gates[l, t] else "  " for t in part)
-            print(f"block {l:<2}" + "".join(cells).rstrip())
+            print((f"block {l:<2}" + "".join(cells)).rstrip())
         print("token   " + "".join(" " + shown[idx[0, t]] for t in part))
         if answers:
             print("answer  " + "".join(" !"[vocab[final[t]] != answers[t]] + answers[t] for t in part))
@@ -81,7 +80,7 @@ def main(argv=None):
     add("--prompt", help="text to continue or to map (default: stored in the checkpoint)")
     add("--gate", choices=GATES, help="gate design (default: the checkpoint's)")
     add("--sparse", action=argparse.BooleanOptionalAction,
-        help="skip blocks whose inference gate is 0 (default: yes, except for --gate soft, which breaks when rounded)")
+        help="skip blocks whose inference gate is 0 (default: yes, except for --gate soft)")
     add("--max_new_tokens", type=positive, default=500, help="tokens to generate (default: 500)")
     add("--temperature", type=float, default=0.8, help="0 picks the most likely token (default: 0.8)")
     add("--top_k", type=positive, help="sample from the k most likely tokens (default: from all)")
@@ -97,15 +96,14 @@ def main(argv=None):
         prompt = saved["prompt"] if args.prompt is None else args.prompt
         if not prompt or shows_map and len(prompt) > config.block_size:
             raise ValueError(f"--prompt needs at least one character and, for a map, at most {config.block_size}")
-        idx = encode(prompt, vocab)[None].to(args.device)                                  # (1, T)
+        idx = encode(prompt, vocab)[None].to(args.device)                       # (1, T)
         answers = chain_answers(prompt) if task == "chain" else None
-    except (OSError, ValueError, RuntimeError, AssertionError) as error:        # the last two: torch's, for the device
+    except (OSError, ValueError, RuntimeError, AssertionError) as error:    # the last two: torch's, for the device
         sys.exit(f"error: {error}")
     model.to(args.device)
     config.gate = args.gate or config.gate
     sparse = (config.model, config.gate) != ("tsa", "soft") if args.sparse is None else args.sparse
     torch.manual_seed(args.seed)
-    began = time.perf_counter()
     if shows_map:
         gates = write_map(model, vocab, idx, sparse, answers)
     else:
@@ -116,7 +114,7 @@ def main(argv=None):
         tlops, macs = savings(config, ran, gates.size(1) if shows_map else None)
         summary = (f"sparse: a token ran {sum(ran):.2f} of {len(ran)} blocks on average, saving {tlops:.1%} of "
                    f"token-layer operations and {macs:.1%} of multiply-adds")
-    print(f"{path}, {summary} ({gates.size(1) / (time.perf_counter() - began):.0f} tokens per second)", file=sys.stderr)
+    print(f"{path}, {summary}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -330,7 +330,7 @@ def test_result_is_the_score_of_the_checkpoint(run, capsys):
     assert result.items() > saved["flags"].items()
     model.config.gate = "skip"
     train.main("--resume run --device cpu --gate skip".split())
-    assert f"{train.evaluate(model, idx, targets, True)[0]:.4f} sparse" in capsys.readouterr().out.splitlines()[-3]
+    assert f"{train.evaluate(model, idx, targets, True)[0]:.4f} sparse" in capsys.readouterr().out.splitlines()[-2]
     assert Path("run/result.json").read_text() == before
     sample.main("run/ckpt.pt --device cpu --max_new_tokens 300 --temperature 9".split())
     assert len(capsys.readouterr().out) < 300 or "copy" not in run         # it ends at the end mark
@@ -414,7 +414,7 @@ def test_map_shows_the_prediction_after_each_block(design, sparse, capsys, monke
         rows.insert(0, (f"block {l} ", [
             f"\033[30;48;5;{(195, 153, 111, 75, 33)[round(gate * 4)]}m {c}\033[0m" if gate else "  "
             for c, gate in zip(best, gates[l, 0].tolist())]))
-    expected = "".join("".join(name + "".join(cells[part]).rstrip() + "\n" for name, cells in rows) + "\n"
+    expected = "".join("".join((name + "".join(cells[part])).rstrip() + "\n" for name, cells in rows) + "\n"
                        for part in (slice(0, 6), slice(6, 9)))          # 20 columns hold 6 cells
     plain = re.sub(r"\033\[[0-9;]*m", "", expected)
     monkeypatch.setenv("COLUMNS", "20")

@@ -1,11 +1,11 @@
 """
 Train and evaluate a model:
 
-    python train.py                                                     a small version of the paper's model
-    python train.py --model plain                                       the same without gates
-    python train.py --preset chain --gate straight --halt --lam 0.03    a puzzle, in two minutes
-    python train.py --resume out/tsa-1                                  continue an interrupted run
-    python train.py --resume out/tsa-1 --gate skip                      score a finished one with another gate
+    python train.py                                     a small version of the paper's model
+    python train.py --model plain                       the same without gates
+    python train.py --resume out/tsa-1                  continue an interrupted run
+    python train.py --resume out/tsa-1 --gate skip      score a finished one with another gate
+    python train.py --preset chain --gate straight --halt --lam 0.03        a puzzle, in two minutes
 
 --help lists all flags. Each step's random numbers depend only on (seed, step), so that all designs are trained on the
 same batches, and a resumed run matches one that was never interrupted (on a CPU, bit for bit).
@@ -37,7 +37,7 @@ PRESETS = {     # what replaces the defaults of the flags below
     "copy": dict(data="copy", batch_size=256, max_iters=390, eval_interval=39),
     "sort": dict(data="sort", batch_size=256, max_iters=390, eval_interval=39),
 }
-# On a CPU, let the unfused attention kernel accumulate in bfloat16 (named after CUDA, but for CPUs, too).
+# On a CPU, let the unfused attention kernel accumulate in bfloat16 (despite the name, CPUs obey, too).
 torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
 
 
@@ -49,7 +49,7 @@ def positive(text):
 
 
 def parse_flags(argv):
-    """Return the flags and, with --resume, the checkpoint of that run (otherwise None)."""
+    """Return the flags and the checkpoint of the run to --resume (otherwise None)."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="laptop", help="replaces defaults of the flags below")
@@ -60,8 +60,8 @@ def parse_flags(argv):
     add("--lam", type=float, default=0.001, help="tsa: weight of the depth penalty, the mean gate of blocks 1, 2, ...")
     add("--lam_ramp", type=float, default=0.0, help="tsa: share of training over which lam rises from 0")
     add("--confidence", type=float, default=Config.confidence, help="exit: a token exits above this probability")
-    add("--data", default="auto", help="shakespeare, enwik8, stdlib, copy, sort, chain, or the path of a UTF-8 text "
-                                       "file; auto: shakespeare, or stdlib if that cannot be downloaded")
+    add("--data", default="auto", help="shakespeare, enwik8, stdlib, copy, sort, chain, or the path of a text file; "
+                                       "auto: shakespeare, or stdlib without internet access")
     add("--n_layer", type=positive, default=Config.n_layer, help="number of blocks")
     add("--n_head", type=positive, default=Config.n_head, help="number of attention heads")
     add("--n_embd", type=positive, default=Config.n_embd, help="embedding width")
@@ -76,8 +76,9 @@ def parse_flags(argv):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps ...")
     add("--dtype", choices=("float32", "bfloat16"), help="precision of the training step")
     add("--compile", action="store_true", help="compile the loss with torch.compile")
-    add("--out_dir", type=Path, help="new output folder; None: out/tsa-1, out/tsa-2, ...")
-    add("--resume", type=Path, help="folder of a run to continue: its flags become the defaults")
+    folder = parser.add_mutually_exclusive_group()
+    folder.add_argument("--out_dir", type=Path, help="new output folder; None: out/tsa-1, out/tsa-2, ...")
+    folder.add_argument("--resume", type=Path, help="folder of a run to continue: its flags become the defaults")
 
     # Defaults, each replacing those before: the flags' own, the preset's, the resumed run's. A flag that is given wins.
     argv = sys.argv[1:] if argv is None else argv
@@ -115,18 +116,18 @@ def precision(device, dtype):
 
 @torch.no_grad()
 def evaluate(model, idx, targets, sparse):
-    """Windows idx, targets (n, T) -> the mean loss, and the share of the tokens that ran each block (gate not 0)."""
+    """Windows idx, targets (n, T) -> the mean loss, and the share of the tokens that ran each block."""
     model.eval()
     device, loss, ran = model.wte.weight.device, 0, 0
     for x, y in zip(idx.split(64), targets.split(64)):
-        logits, gates = model(x.to(device), sparse)                                        # gates (L, B, T)
+        logits, gates = model(x.to(device), sparse)                             # gates (L, B, T)
         loss += token_loss(logits, y.to(device)).sum().item()
         ran += (gates != 0).sum((1, 2)).cpu()
     return loss / (targets >= 0).sum().item(), (ran / idx.numel()).tolist()
 
 
 def score(model, idx, targets):
-    """Evaluate a full and a sparse pass (for a plain model, the same), print the scores and return them."""
+    """Evaluate a full and a sparse pass (of a plain model, the same). Print and return the scores."""
     val_loss, ran = evaluate(model, idx, targets, sparse=False)
     val_loss_sparse = val_loss
     if model.config.model != "plain":
@@ -141,7 +142,7 @@ def score(model, idx, targets):
 
 
 def seed_step(seed, step):
-    """Seed torch so that a step's batch and dropout depend only on (seed, step). Step 0 is the initialization."""
+    """Make a step's batch and dropout depend only on (seed, step). Step 0 is the initialization."""
     torch.manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
 
 
@@ -168,13 +169,13 @@ def main(argv=None):
         if args.data == "auto":
             args.data = data.shakespeare_or_stdlib()
         corpus = data.load(args.data)
-        idx, targets = corpus.windows("val", args.block_size)                              # (n, T) each
+        idx, targets = corpus.windows("val", args.block_size)                   # (n, T) each
         if saved and saved["checksum"] != corpus.checksum():
             raise ValueError(f"--data {args.data}: the text has changed since this run started")
         numbered = (Path(f"out/{args.model}-{n}") for n in itertools.count(1))
         out_dir = args.resume or args.out_dir or next(path for path in numbered if not path.exists())
         out_dir.mkdir(parents=True, exist_ok=bool(args.resume))
-    except (OSError, ValueError, RuntimeError, AssertionError) as error:        # the last two: torch's, for the device
+    except (OSError, ValueError, RuntimeError, AssertionError) as error:    # the last two: torch's, for the device
         sys.exit(f"error: {error}")
 
     seed_step(args.seed, 0)
@@ -203,9 +204,9 @@ def main(argv=None):
             group["lr"] = args.learning_rate * schedule(step, args.warmup_iters, args.max_iters)
         lam = args.lam * min(step / max(args.lam_ramp * args.max_iters, 1), 1)
 
-        x, y = (part.to(args.device) for part in corpus.batch(args.batch_size, args.block_size))       # (B, T) each
+        x, y = (part.to(args.device) for part in corpus.batch(args.batch_size, args.block_size))  # (B, T) each
         with precision(args.device, args.dtype):
-            task_loss, gates = loss_of(x, y)                                               # gates (L, B, T)
+            task_loss, gates = loss_of(x, y)                                    # gates (L, B, T)
             loss = task_loss + (lam * gates[1:].mean() if routers else 0)                  # plus the depth penalty
         loss.backward()
         assert all(router.out.bias.grad is not None for router in routers), \
@@ -217,7 +218,7 @@ def main(argv=None):
         evaluates = step % args.eval_interval == 0 or step == args.max_iters
         if step % 20 == 0 or evaluates:
             assert torch.isfinite(loss + norm), "the loss or its gradient is not finite: lower --learning_rate"
-            seconds = (time.perf_counter() - began) / (step - first)            # per step, including evaluations
+            seconds = (time.perf_counter() - began) / (step - first)    # per step, with evaluations
             print(f"step {step}/{args.max_iters}  loss {task_loss.item():.4f}  gates",
                   *(f"{gate:.2f}" for gate in gates.mean((1, 2)).tolist()), f" {1000 * seconds:.0f} ms/step, "
                   f"{seconds * (args.max_iters - step) / 60:.1f} min left", flush=True)
@@ -225,13 +226,13 @@ def main(argv=None):
             score(model, idx[:64], targets[:64])
             run |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
             torch.save(run, out_dir / "ckpt.tmp")
-            (out_dir / "ckpt.tmp").replace(out_dir / "ckpt.pt")     # renamed, so that ckpt.pt is always complete
+            (out_dir / "ckpt.tmp").replace(out_dir / "ckpt.pt")     # so ckpt.pt is always complete
 
     print(f"scoring the whole validation split ({len(idx):,} windows)")
     result = run["flags"] | score(model, idx, targets)
     if first < args.max_iters or not (out_dir / "result.json").exists():
         (out_dir / "result.json").write_text(json.dumps(result, indent=1))
-    print(f"to generate text, or with --map to see the prediction after each block: python sample.py {out_dir}/ckpt.pt")
+        print(f"to look inside: python sample.py {out_dir}/ckpt.pt (with or without --map)")
 
 
 if __name__ == "__main__":

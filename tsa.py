@@ -3,15 +3,15 @@ Token-Selective Attention (TSA) in one file: a character-level transformer in wh
 how much each block changes it. From scratch, after "Adaptive Computation Depth via Learned Token Routing in
 Transformers" (arXiv 2605.05222). Each token has a gate for each block. The gate scales both updates of its state x:
 
-    x = x + gate * attn(ln1(x))                                                       (1)
-    x = x + gate * ffn(ln2(x))                                                        (2)
+    x = x + gate * attn(ln1(x))                     (1)
+    x = x + gate * ffn(ln2(x))                      (2)
 
 After every block but the last, a router computes from x the probability p that the token skips the next block:
 
-    p = sigmoid(W2 relu(W1 x + b1) + b2)                                              (3)
-    gate = 1 - p                                                                      (4)
+    p = sigmoid(W2 relu(W1 x + b1) + b2)            (3)
+    gate = 1 - p                                    (4)
 
-Nothing is sampled: the gate is computed from p. Every model runs in two ways:
+Nothing is sampled. Every model runs in two ways:
 
     model(idx)                  full: every block is computed for every token, scaled by the training gates
     model(idx, sparse=True)     sparse: a token whose inference gate is 0 skips the block and keeps its x
@@ -34,7 +34,7 @@ class Config:
     model: str = "tsa"          # a name in MODELS
     gate: str = "soft"          # tsa: a name in GATES
     gate_bias: float = -1.0     # tsa: initial b2 of equation (3); at -1 the gates start near 0.73
-    halt: bool = False          # tsa: a token that skips one block skips all later ones
+    halt: bool = False          # tsa: multiply each gate by those before it, so that it stays 0 once it is 0
     confidence: float = 0.9     # exit: stop above this probability of the likeliest character
     vocab_size: int = 65
     block_size: int = 64        # maximum sequence length
@@ -84,7 +84,7 @@ class Router(nn.Module):
         nn.init.constant_(self.out.bias, config.gate_bias)
 
     def forward(self, x):
-        # The sigmoid runs in float32: in bfloat16, a p near 1 would round to 1, and its gate to 0.
+        # The sigmoid runs in float32: bfloat16 would round a p near 1 to 1, and its gate to 0.
         return torch.sigmoid(self.out(F.relu(self.fc(x))).squeeze(-1).float())
 
 
@@ -106,13 +106,13 @@ class Attention(nn.Module):
         B, T, C = h.shape
         q = self.query(h if rows is None else h[rows])
         if rows is not None:
-            q = q.new_zeros(B, T, C).index_put(rows, q)     # the kernel expects T queries: 0 for tokens that skip
-        q = q.view(B, T, self.n_head, -1).transpose(1, 2)                                  # (B, nh, T, hs)
-        k, v = kv.view(B, -1, 2, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)     # (B, nh, S, hs) each
+            q = q.new_zeros(B, T, C).index_put(rows, q)     # the kernel computes T queries: 0 for those that skip
+        q = q.view(B, T, self.n_head, -1).transpose(1, 2)                       # (B, nh, T, hs)
+        k, v = kv.view(B, -1, 2, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, nh, S, hs) each
         dropout_p = self.dropout if self.training else 0.0
         # A single query is that of the newest token, which attends to all S keys; otherwise, S = T.
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=T > 1)
-        y = y.transpose(1, 2).flatten(2)                                                   # (B, T, C)
+        y = y.transpose(1, 2).flatten(2)                                        # (B, T, C)
         return self.proj(y if rows is None else y[rows])
 
     def append_to_cache(self, kv):
@@ -152,24 +152,24 @@ class Block(nn.Module):
         whose gate is not 0 are computed, with the same result.
         """
         h = self.ln1(x)
-        kv = self.attn.key_value(h)             # of all tokens: the others attend to one that skips, too
+        kv = self.attn.key_value(h)             # of all tokens: those that skip are attended to, too
         if self.attn.cache is not None:         # only in generate()
-            kv = self.attn.append_to_cache(kv)                                             # (B, S, 2C)
+            kv = self.attn.append_to_cache(kv)                                  # (B, S, 2C)
         if gate is None:
             x = x + self.attn(h, kv)
             return x + self.ffn(self.ln2(x))
         if not sparse or gate.all():            # every token runs the block
-            gate = gate.to(x.dtype).unsqueeze(-1)                                          # (B, T, 1)
-            x = x + gate * self.attn(h, kv)                                                # equation (1)
-            return x + gate * self.ffn(self.ln2(x))                                        # equation (2)
+            gate = gate.to(x.dtype).unsqueeze(-1)                               # (B, T, 1)
+            x = x + gate * self.attn(h, kv)                                     # equation (1)
+            return x + gate * self.ffn(self.ln2(x))                             # equation (2)
 
         # The sequences and positions of the N tokens: for gates [[0, 1, 1], [1, 0, 0]], ([0, 0, 1], [1, 2, 0]).
         rows = gate.nonzero(as_tuple=True)
         if len(rows[0]) == 0:
             return x
-        y, gate = x[rows], gate[rows].to(x.dtype).unsqueeze(-1)                            # (N, C), (N, 1)
-        y = y + gate * self.attn(h, kv, rows)                                              # equation (1)
-        y = y + gate * self.ffn(self.ln2(y))                                               # equation (2)
+        y, gate = x[rows], gate[rows].to(x.dtype).unsqueeze(-1)                 # (N, C), (N, 1)
+        y = y + gate * self.attn(h, kv, rows)                                   # equation (1)
+        y = y + gate * self.ffn(self.ln2(y))                                    # equation (2)
         return x.index_put(rows, y)
 
 
@@ -232,10 +232,10 @@ class TSA(Transformer):
         make_gate = inference_gate if sparse else training_gate
         first, *others = self.blocks
         # Block 0 has no gate, because before it has run, x says nothing about the context.
-        x = first(self.embed(idx))                                                         # (B, T, C)
+        x = first(self.embed(idx))                                              # (B, T, C)
         gates = [torch.ones(idx.shape, device=idx.device)]
         for router, block in zip(self.routers, others):
-            gate = make_gate(1 - router(x))                                                # (B, T)
+            gate = make_gate(1 - router(x))                                     # (B, T)
             if self.config.halt:
                 gate = gate * gates[-1]
             x = block(x, gate, sparse)
@@ -247,7 +247,7 @@ class Exit(Transformer):
     """
     Early exit, the paper's baseline (Elbayad et al. 2020, arXiv 1910.10073). In training, every token runs all blocks,
     and the model predicts after each, with a LayerNorm per block and the tied head. In a sparse pass, a token exits as
-    soon as its largest softmax probability exceeds config.confidence, but not after block 0, as in the TSA paper.
+    soon as its largest probability exceeds config.confidence, but not after block 0, as in the TSA paper.
     """
 
     def __init__(self, config):
@@ -263,8 +263,8 @@ class Exit(Transformer):
         for block, norm in zip(others, [*self.exit_norms[1:], self.ln_f]):
             x = block(x, gate, sparse)
             gates.append(gate)
-            prediction = self.head(norm(x))                                                # (B, T, V)
-            logits = torch.where(gate.unsqueeze(-1) != 0, prediction, logits)              # others keep theirs
+            prediction = self.head(norm(x))                                     # (B, T, V)
+            logits = torch.where(gate.unsqueeze(-1) != 0, prediction, logits)   # others keep theirs
             gate = gate * (prediction.softmax(-1).amax(-1) <= self.config.confidence)
         return logits, torch.stack(gates)
 
@@ -280,14 +280,17 @@ class Exit(Transformer):
 MODELS = {"plain": Transformer, "tsa": TSA, "exit": Exit}
 
 
+# ----------------------------------------------------------------------------------------------------------------
+# Checkpoints, what skipping saves, and generation. You can skip this part on a first reading.
+
 def load_checkpoint(path):
     """Return the model of a ckpt.pt, in eval mode on the CPU, and the saved dictionary. Raise OSError or ValueError."""
     with open(path, "rb") as file:
         try:
             saved = torch.load(file, map_location="cpu", weights_only=True)
             config, state = Config(**saved["config"]), saved["model"]
-        except Exception:       # torch raises many kinds, and its own message recommends an unsafe load
-            raise ValueError(f"{path} is damaged or was not written by this version of train.py") from None
+        except Exception:       # torch raises many kinds, and recommends an unsafe load
+            raise ValueError(f"{path} is damaged or of another version of train.py") from None
     if config.model not in MODELS or config.gate not in GATES:
         raise ValueError(f"{path}: there is no model {config.model} with gate {config.gate} in tsa.py")
     model = MODELS[config.model](config)
@@ -295,15 +298,12 @@ def load_checkpoint(path):
     return model.eval(), saved
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# What skipping saves, and generation. You can skip this part on a first reading.
-
 def multiply_adds(config, ran, T=None):
     """Multiply-adds per token in a pass over T tokens (default: block_size), if a share ran[l] of them runs block l."""
     C, L, T = config.n_embd, len(ran), T or config.block_size
     head = C * config.vocab_size
-    # For all tokens: keys and values, and attention to T / 2 keys on average, at C for the score and C for the value.
-    # For those that run a block: query (1 C^2), output projection (1 C^2) and feed-forward (8 C^2).
+    # For all tokens: keys and values, and attention to T / 2 keys on average (C for the score, C for the value). For
+    # those that run a block: query and output projection (1 C^2 each), and feed-forward (8 C^2).
     total = L * (2 * C * C + T / 2 * 2 * C) + sum(ran) * 10 * C * C + head
     if config.model == "exit":
         total += (L - 2) * head                             # predictions before the last block
@@ -324,9 +324,8 @@ def savings(config, ran, T=None):
 @torch.inference_mode()
 def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, sparse=True):
     """
-    Continue idx (B, T). For each new token, yield idx_next (B, 1) and the gates (L, B) of the token that predicted it.
-    When the text outgrows the context, generation restarts from its last block_size // 2 tokens, at position 0. Until
-    it ends, the model's attention layers hold a cache.
+    Continue idx (B, T). For each step, yield the new tokens (B, 1) and the gates (L, B) of those that predicted them.
+    When the text outgrows the context, generation restarts from its last block_size // 2 tokens, at position 0.
     """
     block_size, new = model.config.block_size, None
     try:
@@ -339,11 +338,11 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, sparse=Tru
                     block.attn.length = 0
                 new = idx
             logits, gates = model(new, sparse)
-            logits = logits[:, -1] / max(temperature, 1e-6)                                # (B, V)
+            logits = logits[:, -1] / max(temperature, 1e-6)                     # (B, V)
             if top_k is not None:
                 smallest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
                 logits[logits < smallest] = -torch.inf
-            new = torch.multinomial(F.softmax(logits, dim=-1), 1)                          # (B, 1)
+            new = torch.multinomial(F.softmax(logits, dim=-1), 1)               # (B, 1)
             idx = torch.cat([idx, new], dim=1)
             yield new, gates[:, :, -1]
     finally:
