@@ -79,7 +79,7 @@ def assert_same_gradients(model, ours, by_hand):
 def test_sizes_initial_weights_settings_and_savings_are_the_papers():
     """A missing bias, an untied head or another unit of computation would be a different experiment."""
     settings = dict(n_layer=6, n_head=8, n_embd=256, block_size=128, dropout=0.1, batch_size=64, max_iters=5000,
-                    learning_rate=3e-4, warmup_iters=0, gate_bias=-1.0, lam=0.001)      # section 2
+                    learning_rate=3e-4, warmup_iters=0, gate_bias=-1.0, lam=0.001, confidence=0.9)      # section 2
     assert settings.items() <= vars(train.parse_flags(["--preset=paper"])[0]).items()
     sizes = {name: settings[name] for name in ("n_layer", "n_head", "n_embd", "block_size", "dropout")}
     for name, n_params in (("plain", 4_782_336), ("tsa", 4_864_901), ("exit", 4_784_896)):
@@ -148,7 +148,8 @@ def test_early_exit_equals_one_written_out():
         assert_close(logits[leaves == 1], prediction[leaves == 1])
         running = running - leaves
     assert_close(model(idx)[0], full)
-    assert_same_gradients(model, model.loss(idx, targets)[0], sum(losses) / 4)
+    (loss, gates) = model.loss(idx, targets)
+    assert_same_gradients(model, loss * gates.mean(), sum(losses) / 4)
 
 def test_gate_designs_follow_their_definitions():
     """A token at a design's threshold still runs. Without the slope, the routers would not learn."""
@@ -205,7 +206,7 @@ def test_generation_equals_a_slow_loop_without_a_cache(design, shape, sparse, te
     model.embed = lambda idx, embed=model.embed: computed.append(idx.size(1)) or embed(idx)
     torch.manual_seed(3)
     steps = list(generate(model, window, 22, temperature, top_k, sparse))
-    assert sum(computed) == total and len(steps) == 22
+    assert sum(computed) == total and len(steps) == 22 and not any(gates.requires_grad for _, gates in steps)
     torch.manual_seed(3)
     for idx_next, gates in steps:
         window = window[:, -8:] if window.size(1) > 16 else window
@@ -295,8 +296,8 @@ def test_run_equals_a_loop_written_out(monkeypatch):
     monkeypatch.setattr(train, "precision", Mock(side_effect=train.precision))
     saved = fit("--max_iters 10 --learning_rate 0.02 --warmup_iters 4 --lam 0.3 --lam_ramp 0.5 --seed 5 --dropout 0.1 "
                 "--eval_interval 3")
-    assert train.precision.call_args.args == ("cpu", "float32")
     corpus, clipped = data.load("t.txt"), 0
+    assert train.precision.call_args.args == ("cpu", "float32") and saved["prompt"] == corpus.prompt[:16]
     seeds = [int(np.random.SeedSequence((5, step)).generate_state(1)[0]) for step in range(11)]
     torch.manual_seed(seeds[0])
     model = TSA(Config(vocab_size=len(corpus.vocab), block_size=16, n_layer=3, n_head=4, n_embd=16, dropout=0.1))
@@ -315,10 +316,11 @@ def test_run_equals_a_loop_written_out(monkeypatch):
     assert clipped > 2 and sum(group["weight_decay"] > 0 for group in groups) == 3 * 5 + 2 * 2
     assert_close(saved["model"], model.state_dict(), rtol=1e-3, atol=2e-4)
 
-@pytest.mark.parametrize("run", ["--model plain", "--model exit", "", "--gate straight --halt --data copy"])
+@pytest.mark.parametrize("run", ["--model plain", "--model exit", "--gate stretch --gate_bias 1.4",
+                                 "--gate straight --halt --data copy"])
 def test_result_is_the_score_of_the_checkpoint(run, capsys):
     """It covers the whole validation split, full and sparse. A finished run, scored with another gate, keeps it."""
-    saved = fit(run + " --block_size 50 --max_iters 15 --learning_rate .5 --dropout .1 --gate_bias -.5 --confidence .2")
+    saved = fit("--block_size 50 --max_iters 15 --learning_rate .5 --dropout .1 --gate_bias -.5 --confidence .2 " + run)
     model, before = load_checkpoint("run/ckpt.pt")[0], Path("run/result.json").read_text()
     result, (idx, targets) = json.loads(before), data.load(saved["flags"]["data"]).windows("val", 50)
     for sparse, name in ((False, "val_loss"), (True, "val_loss_sparse")):
@@ -343,7 +345,10 @@ def test_interrupted_run_resumes_to_the_bit(monkeypatch):
             save(run, path) if run["step"] < 4 else path.write_bytes(b"PK") / 0))       # stops after two bytes
         fit(flags)
     assert load_checkpoint("run/ckpt.pt")[1]["step"] == 2
-    train.main("--resume run --device cpu".split())
+    for _ in range(2):      # the second time, it is only scored
+        train.main("--resume run --device cpu".split())
+        os.rename("run/result.json", "result.json")
+    os.rename("result.json", "run/result.json")
     os.rename("run", "resumed")
     whole, resumed = fit(flags), load_checkpoint("resumed/ckpt.pt")[1]
     assert_close(*([run["model"], run["optimizer"]] for run in (resumed, whole)), rtol=0, atol=0)
@@ -366,17 +371,19 @@ def test_runs_are_numbered_and_sample_shows_the_newest(capsys):
 @pytest.mark.parametrize("program, flags, words", [
     (train, "--n_head 3", "128 is not divisible by --n_head 3"), (train, "--n_layer 1", "needs --n_layer 2"),
     (train, "--max_iters 0", "0 is not positive"), (train, "--gate sigmoid", "invalid choice"),
-    (train, "--out_dir .", "--resume ."), (train, "--resume run --n_embd 32", "--n_embd cannot change"),
+    (train, "--out_dir .", "--resume ."), (train, "--resume run --n_head 2", "--n_head cannot change"),
     (train, "--resume missing", "No such"), (train, "--device gpu", "gpu"), (train, "--data one.txt", "repeats one"),
     (train, "--data short.txt", "13 characters: --block_size"), (train, "--data missing.txt", "No such"),
     (train, "--data copy --block_size 41", "at least 42"), (sample, "missing.pt", "No such"),
     (sample, "--prompt §", r"'\\xa7'"), (sample, f"{HERE}/report/chain-tsa.pt --prompt 7bc", "'b' at place 2"),
+    (sample, "gate.pt", "no model tsa with gate half"), (sample, "old.pt", "old.pt does not fit"),
     *((sample, name, f"{name} is damaged or") for name in ("empty.pt", "cut.pt", "foreign.pt", "bomb.pt"))])
 def test_mistake_ends_in_one_line(program, flags, words, capsys):
     """No traceback, nothing overwritten or left behind, and a malicious checkpoint (it is a pickle) runs no code."""
     bomb = type("Bomb", (), {"__reduce__": lambda self: (os.mkdir, ("exploded",))})()
     files = {"one.txt": b"a" * 99, "short.txt": b"ab" * 70, "empty.pt": b"", "foreign.pt": {"config": {"depth": 3}},
-             "cut.pt": sample.SHIPPED.read_bytes()[:-100], "bomb.pt": bomb}
+             "cut.pt": sample.SHIPPED.read_bytes()[:-100], "bomb.pt": bomb, "old.pt": {"config": {}, "model": {}},
+             "gate.pt": {"config": {"gate": "half"}, "model": {}}}
     for name, content in files.items():
         Path(name).write_bytes(content) if isinstance(content, bytes) else torch.save(content, name)
     if "run" in flags:

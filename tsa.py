@@ -195,7 +195,6 @@ class Transformer(nn.Module):
         """idx (B, T) -> x (B, T, C), at the positions after those in the cache."""
         T, start = idx.size(1), self.blocks[0].attn.length
         assert 0 < start + T <= self.config.block_size, f"{start + T} tokens: at most {self.config.block_size}"
-        assert start == 0 or T == 1, "a cache that holds tokens accepts one at a time"
         x = self.wte(idx) + self.wpe.weight[start:start + T]
         return F.dropout(x, self.config.dropout, self.training)
 
@@ -294,7 +293,10 @@ def load_checkpoint(path):
     if config.model not in MODELS or config.gate not in GATES:
         raise ValueError(f"{path}: there is no model {config.model} with gate {config.gate} in tsa.py")
     model = MODELS[config.model](config)
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError:
+        raise ValueError(f"{path} does not fit the model {config.model} in tsa.py") from None
     return model.eval(), saved
 
 

@@ -43,7 +43,6 @@ def decode(model, idx):
 
 
 def seconds_of(call, device):
-    """Seconds that a call takes, including the work that it queues on the device."""
     began = time.perf_counter()
     call()
     if device != "cpu":
@@ -54,9 +53,8 @@ def seconds_of(call, device):
 @torch.inference_mode()
 def clock(models, text, work, B, seconds, device):
     """
-    Time one kind of work on B windows of text (n, T). Return a row for each of `models` (name: model). `ms` is the
-    median time of a prefill or of decoding a token, with its quartiles; `speedup` the median of the ratios to the
-    first model in each round.
+    Time one kind of work on B windows of text (n, T). Return a row for each of `models` (name: model): `ms`, the
+    median time of a prefill or of decoding a token, and the median of its speed-ups over the first model.
     """
     idx, T = text.repeat(int(B) // len(text) + 1, 1)[:int(B)], text.size(1)
     calls = [decode(model, idx) if work == "decode" else lambda model=model: model(idx, sparse=True)[1]
@@ -76,7 +74,7 @@ def clock(models, text, work, B, seconds, device):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Time plain and sparse models.")
+    parser = argparse.ArgumentParser()
     add = parser.add_argument
     add("ckpt", type=Path, nargs="?", help="time this model (default: random weights and gates)")
     add("--layers", type=int, nargs="+", required=True, help="layers of the plain models; the first is the baseline")
@@ -99,8 +97,7 @@ def main(argv=None):
             GATES[gate] = (None, lambda scale, share=share: (torch.rand_like(scale) < share).float())
             own[gate] = MODELS["tsa"](replace(config, gate=gate))
     models = {f"plain {n}": MODELS["plain"](replace(config, model="plain", n_layer=n)) for n in args.layers} | own
-    for each in models.values():
-        each.to(args.device).eval()
+    models = {name: model.to(args.device).eval() for name, model in models.items()}
     name = args.ckpt or f"random weights, width {config.n_embd}"
     for work in args.works:
         rows = clock(models, text.to(args.device), *work.split(), args.seconds, args.device)

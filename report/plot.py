@@ -3,9 +3,8 @@ Collect the rows of finished runs, print their means and compare them with plain
 
     python -m report.plot out --csv report/results.csv --svg report/forest.svg
 
-Reads result.json and the scores.json of report.score in every folder FAMILY-NAME-s0, -s1, ... and the rows that the csv
-file already has. Savings are counted anew from `ran`, relative to the plain model with LAYERS. The figure needs
-matplotlib.
+Reads result.json and the scores.json of report.score in every folder FAMILY-NAME-s0, -s1, ..., and the rows of the csv
+file. Counts savings anew from `ran`, relative to the plain model with LAYERS. The figure needs matplotlib.
 """
 import argparse
 import csv
@@ -23,9 +22,6 @@ from tsa import Config, multiply_adds
 LAYERS = {"deep": 12, "drop": 12, "long": 12, "rate": 12}       # of a family's plain model, elsewhere 6
 SIZES = ("n_layer", "n_embd", "block_size", "vocab_size")
 SCORES = ("val_loss", "val_loss_sparse", "tlops_saved", "macs_saved", "accuracy", "exact")
-COLUMNS = ("family", "run", "split", "model", "gate", "halt", "variant", "lam", "lam_ramp", "gate_bias", "confidence",
-           "seed", *SIZES, "dropout", "max_iters", "learning_rate", "warmup_iters", *SCORES, "fewer", "fewer_right",
-           "permuted", "ran", "gates", "hops", "dtype", "processor", "threads", "commit")
 # Means over n seeds: the 97.5% quantile of Student's t with n - 1 degrees of freedom
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
 FOREST = {      # heading: (name of the runs, gate, label); red: models that skip nothing
@@ -50,7 +46,6 @@ def count(row):
 
 
 def read_runs(folders):
-    """The rows of all finished runs below the folders."""
     rows = []
     for path in sorted(path for folder in folders for path in Path(folder).rglob("result.json")):
         result, about, scores = (json.loads(path.with_name(name).read_text()) if path.with_name(name).exists() else {}
@@ -137,15 +132,15 @@ def draw(summary, rows, path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Collect finished runs.")
+    parser = argparse.ArgumentParser()
     parser.add_argument("folders", nargs="*", help="folders of runs, searched recursively")
     parser.add_argument("--csv", type=Path, required=True, help="file with the rows; those of new runs are added")
-    parser.add_argument("--svg", type=Path, help="draw the figure into this file")
+    parser.add_argument("--svg", help="draw the figure into this file")
     args = parser.parse_args(argv)
-    rows = read_runs(args.folders)
-    new = {row["run"] for row in rows}
-    rows += [row for row in (read_csv(args.csv) if args.csv.exists() else []) if row["run"] not in new]
-    rows = sorted(map(count, rows), key=lambda row: (row["family"], row["run"], row["split"]))
+    new = read_runs(args.folders)
+    rows = [row for row in read_csv(args.csv) if row["run"] not in {row["run"] for row in new}] + new
+    columns = dict.fromkeys(name for row in rows for name in row)
+    rows = sorted(map(count, rows), key=lambda row: (row["family"], row["run"]))
     summary = summarize(rows)
     for line in summary:
         differences = against_plain(line, rows)
@@ -153,7 +148,7 @@ def main(argv=None):
               *("{} {:.4f} ± {:.4f}".format(score, *line[score]) for score in SCORES if score in line),
               "against plain {:+.4f} ± {:.4f}".format(*interval(differences)) if differences else "", sep="  ")
     with open(args.csv, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+        writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
     if args.svg:

@@ -1,37 +1,73 @@
 #!/usr/bin/env bash
-# The runs made with this edition, the shipped models and the figures. Run it from the repository's root; it skips what is
-# finished and resumes what was interrupted. With OMP_NUM_THREADS=1 on one core, a run on chains takes 2 minutes, one with
-# the laptop preset 6, and one with the deep preset 15. All other rows of results.csv were made with the code of 34cc4f9:
-# `git checkout 34cc4f9 && bash report/runs.sh` makes them again. The figure report/gates.svg is of that code, too.
+# The runs of this edition, the shipped chain model and the figures; run it from the repository's root. It skips what is
+# finished and resumes what was interrupted. With OMP_NUM_THREADS=1 on one core, a run on chains takes 2 minutes, with the
+# laptop preset 6, with the deep preset 15. All other rows of results.csv, gates.svg, python-skip.pt and chain-tsa.pt are
+# of 34cc4f9: `git checkout 34cc4f9 && bash report/runs.sh` makes them again.
 set -eu
-run() {     # run NAME FLAGS...: one seed of a run, in out/NAME-s$seed
-    local folder=out/$1-s$seed
-    shift
-    if [ ! -e "$folder/result.json" ]; then
-        if [ -e "$folder/ckpt.pt" ]; then
+run() {     # run "SEEDS" NAME FLAGS...: runs in out/NAME-s0, ...
+    for seed in $1; do
+        folder=out/$2-s$seed
+        if [ ! -e "$folder/result.json" ] && [ -e "$folder/ckpt.pt" ]; then
             python train.py --resume "$folder"
-        else
+        elif [ ! -e "$folder/result.json" ]; then
             rm -rf "$folder"        # of a run that was stopped before it had saved anything
-            python train.py --device cpu --dtype bfloat16 --seed $seed --out_dir "$folder" "$@"
+            python train.py --device cpu --dtype bfloat16 --seed $seed --out_dir "$folder" "${@:3}"
+            processor=$(lscpu | sed -n 's/^Model name: *//p') threads=${OMP_NUM_THREADS:-$(nproc)}
+            printf '{"processor": "%s", "threads": %s, "commit": "%s"}' "$processor" $threads $(git rev-parse --short HEAD) \
+                > "$folder/about.json"
         fi
-        processor=$(lscpu | sed -n 's/^Model name: *//p')
-        echo "{\"processor\": \"$processor\", \"threads\": ${OMP_NUM_THREADS:-$(nproc)}," \
-            "\"commit\": \"$(git rev-parse --short HEAD)\"}" > "$folder/about.json"
-    fi
-    [ -e "$folder/scores.json" ] || python -m report.score "$folder"
+        [ -e "$folder/scores.json" ] || python -m report.score "$folder"
+    done
 }
-gates() {   # gates NAME FLAGS...: the same with and without a ramp on lambda
-    run $1 --preset chain "${@:2}"
-    run $1-ramp --preset chain "${@:2}" --lam_ramp 0.5
-}
+halt="--preset chain --gate straight --halt"
+straight="--preset chain --gate straight"
+stretch="--preset chain --gate stretch"
+ramp="--lam_ramp 0.5"
+all="0 1 2 3 4 5"
 
 # Chains. The ladder's rule: seed 0 runs every setting of a design. The two that save most at a sparse loss below 0.01
-# get seeds 1 and 2, and the one with the larger mean is the design's row. Seeds 3 to 5, which chose nothing, run that
-# setting.
-seed=0
-for lam in 0.003 0.01 0.03 0.1; do gates chain-shalt-lam$lam --gate straight --halt --lam $lam; done
-for lam in 0.01 0.03 0.1; do gates chain-straight-lam$lam --gate straight --lam $lam; done
-for lam in 0.1 0.3; do gates chain-stretch-lam$lam --gate stretch --lam $lam; done
-for lam in 0.003 0.1 0.3; do run chain-skip-lam$lam --preset chain --gate skip --lam $lam; done
-for lam in 0.01 0.03; do gates chain3-shalt-lam$lam --n_layer 3 --gate straight --halt --lam $lam; done
-gates chain3-stretch-lam0.1 --n_layer 3 --gate stretch --lam 0.1
+# get seeds 1 and 2, and the one with the larger mean is the design's row. Seeds 3 to 5, which chose nothing, run it.
+for lam in 0.003 0.1; do run 0 chain-shalt-lam$lam $halt --lam $lam; done
+for lam in 0.003 0.01 0.1; do run 0 chain-shalt-lam$lam-ramp $halt --lam $lam $ramp; done
+run "0 1 2" chain-shalt-lam0.01 $halt --lam 0.01
+run "$all" chain-shalt-lam0.03 $halt --lam 0.03
+run "$all" chain-shalt-lam0.03-ramp $halt --lam 0.03 $ramp
+for lam in 0.01 0.1; do run 0 chain-straight-lam$lam $straight --lam $lam; done
+for lam in 0.01 0.03; do run 0 chain-straight-lam$lam-ramp $straight --lam $lam $ramp; done
+run "0 1 2" chain-straight-lam0.03 $straight --lam 0.03
+run "$all" chain-straight-lam0.1-ramp $straight --lam 0.1 $ramp
+run "0 1 2" chain-stretch-lam0.1 $stretch --lam 0.1
+run 0 chain-stretch-lam0.1-ramp $stretch --lam 0.1 $ramp
+run 0 chain-stretch-lam0.3 $stretch --lam 0.3
+run "$all" chain-stretch-lam0.3-ramp $stretch --lam 0.3 $ramp
+for lam in 0.1 0.3; do run 0 chain-skip-lam$lam --preset chain --gate skip --lam $lam; done
+for lam in 0.01 0.03; do run 0 chain3-shalt-lam$lam $halt --n_layer 3 --lam $lam; done
+run "$all" chain3-shalt-lam0.01-ramp $halt --n_layer 3 --lam 0.01 $ramp
+run "0 1 2" chain3-shalt-lam0.03-ramp $halt --n_layer 3 --lam 0.03 $ramp
+run 0 chain3-stretch-lam0.1 $stretch --n_layer 3 --lam 0.1
+run "0 1 2" chain3-stretch-lam0.1-ramp $stretch --n_layer 3 --lam 0.1 $ramp
+run "3 4 5" chain-plain3 --preset chain --model plain --n_layer 3        # seeds 0 to 2 are of 34cc4f9
+run "3 4 5" chain-exit --preset chain --model exit
+
+# Text
+text="--gate straight --halt --lam"
+for lam in 0.003 0.01 0.001; do run 0 shakespeare-shalt-lam$lam --data shakespeare $text $lam; done
+run 0 deep-shalt-lam0.003 --preset deep $text 0.003
+
+python -c "import torch
+saved = torch.load('out/chain-shalt-lam0.03-s0/ckpt.pt', weights_only=True)
+del saved['optimizer']
+saved['model'] = {name: tensor.half() for name, tensor in saved['model'].items()}
+torch.save(saved, 'report/chain.pt')"
+python -m report.plot out --csv report/results.csv --svg report/forest.svg
+line="    def __init__(self, name, value):"
+python -m report.screenshot report/map.svg sample.py report/python-skip.pt --map --prompt "$line"
+python -m report.screenshot report/text.svg sample.py report/python-skip.pt --max_new_tokens 330
+
+# Timings: let nothing else run
+unset OMP_NUM_THREADS
+rm -f report/clock.csv      # clock.py appends
+python -m report.clock report/python-skip.pt --layers 12 9 --csv report/clock.csv
+python -m report.clock report/chain.pt --layers 6 3 --csv report/clock.csv
+python -m report.clock --n_embd 256 --layers 6 --csv report/clock.csv
+for n in 128 512 1024; do python -m report.clock --n_embd $n --layers 6 --works "prefill 8" --csv report/clock.csv; done

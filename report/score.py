@@ -1,9 +1,8 @@
 """
 Score finished runs once more: python -m report.score out/chain-straight-s0 ... [--gate skip]
 
-Append to DIR/scores.json the losses, the savings and the accuracy of a sparse pass, on the validation split and on
-data that no choice was made on: a text's test split, or 1,000 chains from another random seed. For chains, also count
-the tokens with 0, 1, ... hops that ran 1, 2, ... blocks.
+Append to DIR/scores.json the losses, savings and accuracy on the validation split and on data that chose nothing: the
+test split of a text, or 1,000 chains from another random seed. For chains, count the tokens by hops and blocks, too.
 """
 import argparse
 import json
@@ -25,7 +24,7 @@ def count_hops(text):
 
 
 def blocks_that_suffice(hops):
-    """All tokens hop at once: after l blocks, a token has made 2^l - 1 hops. Every token runs block 0."""
+    """All tokens hop simultaneously: l blocks make 2^l - 1 hops. Every token runs block 0."""
     return max(hops.bit_length(), 1)
 
 
@@ -50,7 +49,7 @@ def score(model, idx, targets, vocab=None):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Score finished runs once more.")
+    parser = argparse.ArgumentParser()
     parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--gate", choices=GATES, help="gate design (default: the run's)")
     args = parser.parse_args(argv)
