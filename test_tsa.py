@@ -70,12 +70,10 @@ def run_by_hand(block, x, gate):
     return x + gate * (hidden @ block.ffn.proj.weight.T + block.ffn.proj.bias)
 
 def assert_same_gradients(model, ours, by_hand):
-    """One detach too many or too few shows in a gradient and nowhere else."""
     assert_close(ours, by_hand)
     assert_close(*(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True)
                    for loss in (ours, by_hand)), rtol=1e-3, atol=1e-6)
 
-# tsa.py ---------------------------------------------------------------------------------------------------------
 def test_sizes_initial_weights_settings_and_savings_are_the_papers():
     """A missing bias, an untied head or another unit of computation would be a different experiment."""
     settings = dict(n_layer=6, n_head=8, n_embd=256, block_size=128, dropout=0.1, batch_size=64, max_iters=5000,
@@ -220,7 +218,6 @@ def test_generation_equals_a_slow_loop_without_a_cache(design, shape, sparse, te
         next(generate(model, torch.tensor([[99]]), 1))      # no such token
     assert all((block.attn.cache, block.attn.length) == (None, 0) for block in model.blocks)    # also after an error
 
-# data.py --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name, a, b", [("u.txt", 80, 90), ("enwik8", 90, 95), ("stdlib", 80, 90)])
 def test_text_is_split_at_characters_and_cut_into_windows(name, a, b, monkeypatch):
     """A split at bytes would cut a character in two, and windows that overlap would count twice in a score."""
@@ -261,8 +258,8 @@ def test_target_of_a_chain_is_the_digit_that_the_letters_lead_to():
     corpus = data.load("chain")
     idx, targets = corpus.windows("val", 30)
     assert idx.shape == (1000, 30) and len(corpus.splits["train"][0]) == 100_000 * 30
-    assert corpus.prompt == "7418534bfadclhi0gjnm4o30uwtx56"
-    assert data.chain_answers(corpus.prompt) == "741853443781143047414330431056"        # followed by hand
+    assert corpus.prompt == "7418534bfadclhi0gjnm4o30uwtx56"        # and the answers, followed by hand:
+    assert data.chain_answers(corpus.prompt) == "741853443781143047414330431056"
     for row, target in zip(idx[:50], targets):
         text = read(corpus.vocab, row)
         assert read(corpus.vocab, target) == data.chain_answers(text)
@@ -285,7 +282,6 @@ def test_download_is_verified_and_kept(monkeypatch, tmp_path, capsys):
         server.shutdown()
     assert data.load("shakespeare").vocab == "".join(sorted(set(TEXT))) and os.listdir("data") == ["text.txt"]
 
-# train.py -------------------------------------------------------------------------------------------------------
 def fit(flags):
     """Train a small model and return its checkpoint; of repeated flags, the last one counts."""
     train.main(f"{SMALL} --out_dir run {flags}".split())
@@ -329,7 +325,6 @@ def test_result_is_the_score_of_the_checkpoint(run, capsys):
     ran = (gates != 0).double().mean((1, 2)).tolist()
     assert (result["tlops_saved"], result["macs_saved"]) == pytest.approx(savings(model.config, ran, idx.size(1)))
     assert result["ran"] == pytest.approx(ran) and (sum(ran) == 3) == ("plain" in run)
-    assert result.items() > saved["flags"].items()
     model.config.gate = "skip"
     train.main("--resume run --device cpu --gate skip".split())
     assert f"{train.evaluate(model, idx, targets, True)[0]:.4f} sparse" in capsys.readouterr().out.splitlines()[-2]
@@ -345,10 +340,9 @@ def test_interrupted_run_resumes_to_the_bit(monkeypatch):
             save(run, path) if run["step"] < 4 else path.write_bytes(b"PK") / 0))       # stops after two bytes
         fit(flags)
     assert load_checkpoint("run/ckpt.pt")[1]["step"] == 2
-    for _ in range(2):      # the second time, it is only scored
-        train.main("--resume run --device cpu".split())
-        os.rename("run/result.json", "result.json")
-    os.rename("result.json", "run/result.json")
+    train.main("--resume run --device cpu".split())
+    os.remove("run/result.json")
+    train.main("--resume run --device cpu".split())         # only scores
     os.rename("run", "resumed")
     whole, resumed = fit(flags), load_checkpoint("resumed/ckpt.pt")[1]
     assert_close(*([run["model"], run["optimizer"]] for run in (resumed, whole)), rtol=0, atol=0)
@@ -401,13 +395,11 @@ def test_training_that_cannot_succeed_stops(monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(AssertionError, match="not finite"):
         patch.setattr(tsa, "token_loss", lambda *args: token_loss(*args) * next(factors))
         fit("--max_iters 8 --eval_interval 2")
-    model, saved = load_checkpoint("run/ckpt.pt")
-    assert saved["step"] == 2 and all(parameter.isfinite().all() for parameter in model.parameters())
+    assert load_checkpoint("run/ckpt.pt")[1]["step"] == 2
     monkeypatch.setitem(GATES, "skip", (tsa.binary, tsa.binary))
     with pytest.raises(AssertionError, match="--gate skip passes no gradient"):
         fit("--max_iters 1 --gate skip --out_dir other")
 
-# sample.py and README.md ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("design, sparse", [("soft", False), ("skip", True), ("exit", True)])
 def test_map_shows_the_prediction_after_each_block(design, sparse, capsys, monkeypatch):
     """A cell is what a model that stops after that block would predict, and blank if the token skipped it."""
@@ -443,9 +435,7 @@ def test_color_of_a_character_is_its_depth(capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     sample.main("--max_new_tokens=40 --temperature=2 --top_k=3 --seed=1 --device=cpu".split())
     out, err = capsys.readouterr()
-    tlops, macs = savings(model.config, ran.mean(1).tolist())
-    assert out == expected + "\n" and (f"sparse: a token ran {sum(ran.mean(1).tolist()):.2f} of 12 blocks on average, "
-                                       f"saving {tlops:.1%} of token-layer operations and {macs:.1%} of mult") in err
+    assert out == expected + "\n" and f"a token ran {sum(ran.mean(1).tolist()):.2f} of 12 blocks on average, saving" in err
 
 @pytest.mark.parametrize("path", sorted((HERE / "report").glob("*.pt")), ids=lambda path: path.stem)
 def test_shipped_models_work(path, capsys):
