@@ -17,7 +17,6 @@ Nothing is sampled. Every model runs in two ways:
     model(idx, sparse=True)     sparse: a token whose inference gate is 0 skips the block and keeps its x
 
 Other tokens still attend to the keys and values of a token that skips, so a skipped block is cheap, but not free.
-
 Shapes: B sequences of T tokens, C = n_embd channels, nh heads of size hs = C / nh, V characters, L blocks. N tokens of
 the batch run a block. S tokens per sequence have keys and values: T, or more while generate() caches earlier ones.
 """
@@ -99,7 +98,7 @@ class Attention(nn.Module):
         self.query = nn.Linear(C, C, bias=False)            # a token that skips the block needs none
         self.key_value = nn.Linear(C, 2 * C, bias=False)
         self.proj = nn.Linear(C, C, bias=False)
-        self.cache, self.length = None, 0                   # in generate(): kv of the `length` tokens so far
+        self.cache = None       # in generate(): [kv (B, block_size, 2C), the number of tokens that are set]
 
     def forward(self, h, kv, rows=None):
         """h (B, T, C), keys and values kv (B, S, 2C) -> (B, T, C), or (N, C) for the N tokens of `rows` (see Block)."""
@@ -117,9 +116,10 @@ class Attention(nn.Module):
 
     def append_to_cache(self, kv):
         """Keys and values kv (B, T, 2C) of the newest tokens -> those of all S tokens (B, S, 2C)."""
-        start, self.length = self.length, self.length + kv.size(1)
-        self.cache[:, start:self.length] = kv
-        return self.cache[:, :self.length]
+        buffer, start = self.cache
+        end = self.cache[1] = start + kv.size(1)
+        buffer[:, start:end] = kv
+        return buffer[:, :end]
 
 
 class FeedForward(nn.Module):
@@ -193,7 +193,8 @@ class Transformer(nn.Module):
 
     def embed(self, idx):
         """idx (B, T) -> x (B, T, C), at the positions after those in the cache."""
-        T, start = idx.size(1), self.blocks[0].attn.length
+        T, cache = idx.size(1), self.blocks[0].attn.cache
+        start = cache[1] if cache else 0
         assert 0 < start + T <= self.config.block_size, f"{start + T} tokens: at most {self.config.block_size}"
         x = self.wte(idx) + self.wpe.weight[start:start + T]
         return F.dropout(x, self.config.dropout, self.training)
@@ -332,13 +333,12 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, sparse=Tru
     block_size, new = model.config.block_size, None
     try:
         for _ in range(max_new_tokens):
-            if new is None or idx.size(1) > block_size:         # at the start, and when the context is full
-                if idx.size(1) > block_size:
-                    idx = idx[:, -max(block_size // 2, 1):]
-                for block in model.blocks:
-                    block.attn.cache = model.wte.weight.new_empty(len(idx), block_size, 2 * model.config.n_embd)
-                    block.attn.length = 0
+            if idx.size(1) > block_size:
+                idx, new = idx[:, -max(block_size // 2, 1):], None
+            if new is None:         # at the start, and when the context was full
                 new = idx
+                for block in model.blocks:
+                    block.attn.cache = [model.wte.weight.new_empty(len(idx), block_size, 2 * model.config.n_embd), 0]
             logits, gates = model(new, sparse)
             logits = logits[:, -1] / max(temperature, 1e-6)                     # (B, V)
             if top_k is not None:
@@ -349,4 +349,4 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, sparse=Tru
             yield new, gates[:, :, -1]
     finally:
         for block in model.blocks:
-            block.attn.cache, block.attn.length = None, 0
+            block.attn.cache = None

@@ -32,10 +32,10 @@ def decode(model, idx):
 
     def run(parts, length):     # in each cache, `length` tokens are kept
         for block, cache in zip(model.blocks, caches):
-            block.attn.cache, block.attn.length = cache, length
+            block.attn.cache = [cache, length]
         gates = [model(part, sparse=True)[1] for part in parts]
         for block in model.blocks:
-            block.attn.cache, block.attn.length = None, 0
+            block.attn.cache = None
         return torch.cat(gates, dim=2)
 
     run([idx[:, :half]], 0)
