@@ -229,7 +229,7 @@ def main(argv=None):
             (out_dir / "ckpt.tmp").replace(out_dir / "ckpt.pt")     # so ckpt.pt is always complete
 
     print(f"scoring the whole validation split ({len(idx):,} windows)")
-    result = run["flags"] | score(model, idx, targets)
+    result = run["config"] | run["flags"] | score(model, idx, targets)
     if first < args.max_iters or not (out_dir / "result.json").exists():
         (out_dir / "result.json").write_text(json.dumps(result, indent=1))
         print(f"to look inside: python sample.py {out_dir}/ckpt.pt (with or without --map)")

@@ -163,8 +163,7 @@ class Block(nn.Module):
             x = x + gate * self.attn(h, kv)                                     # equation (1)
             return x + gate * self.ffn(self.ln2(x))                             # equation (2)
 
-        # The sequences and positions of the N tokens: for gates [[0, 1, 1], [1, 0, 0]], ([0, 0, 1], [1, 2, 0]).
-        rows = gate.nonzero(as_tuple=True)
+        rows = gate.nonzero(as_tuple=True)      # sequences and positions of the N tokens, (N,) each
         if len(rows[0]) == 0:
             return x
         y, gate = x[rows], gate[rows].to(x.dtype).unsqueeze(-1)                 # (N, C), (N, 1)
