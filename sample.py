@@ -1,8 +1,8 @@
 """
 Look inside a trained model:
 
-    python sample.py                        generate text; in a terminal, colors show how many blocks ran
-    python sample.py --map                  show what the model would predict for each token after each block
+    python sample.py                        generate text; in a terminal, colors show the depth used
+    python sample.py --map                  show what each token would predict next, after each block
     python sample.py report/chain.pt        a map of a chain, with the correct answers
 """
 import argparse
@@ -76,11 +76,11 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Look inside a trained model.", allow_abbrev=False)
     add = parser.add_argument
     add("ckpt", type=Path, nargs="?", help="checkpoint (default: the newest out/*/ckpt.pt, or report/python-skip.pt)")
-    add("--map", action="store_true", help="show the prediction for each token after each block; always on for chains")
+    add("--map", action="store_true", help="show each token's next prediction after each block; always on for chains")
     add("--prompt", help="text to continue or to map (default: stored in the checkpoint)")
     add("--gate", choices=GATES, help="gate design (default: the checkpoint's)")
     add("--sparse", action=argparse.BooleanOptionalAction,
-        help="skip blocks whose inference gate is 0 (default: yes, except for --gate soft)")
+        help="skip blocks whose inference gate is 0 (default: yes, unless the gate is soft)")
     add("--max_new_tokens", type=positive, default=500, help="tokens to generate (default: 500)")
     add("--temperature", type=float, default=0.8, help="0 picks the most likely token (default: 0.8)")
     add("--top_k", type=positive, help="sample from the k most likely tokens (default: from all)")

@@ -37,7 +37,7 @@ PRESETS = {     # what replaces the defaults of the flags below
     "copy": dict(data="copy", batch_size=256, max_iters=390, eval_interval=39),
     "sort": dict(data="sort", batch_size=256, max_iters=390, eval_interval=39),
 }
-# On a CPU, let the unfused attention kernel accumulate in bfloat16 (despite the name, CPUs obey, too).
+# Let the unfused attention kernel accumulate in bfloat16 (despite the name, also on CPUs).
 torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
 
 
@@ -77,7 +77,7 @@ def parse_flags(argv):
     add("--dtype", choices=("float32", "bfloat16"), help="precision of the training step")
     add("--compile", action="store_true", help="compile the loss with torch.compile")
     folder = parser.add_mutually_exclusive_group()
-    folder.add_argument("--out_dir", type=Path, help="new output folder; None: out/tsa-1, out/tsa-2, ...")
+    folder.add_argument("--out_dir", type=Path, help="new output folder; None: out/MODEL-1, -2, ...")
     folder.add_argument("--resume", type=Path, help="folder of a run to continue: its flags become the defaults")
 
     # Defaults, each replacing those before: the flags' own, the preset's, the resumed run's. A flag that is given wins.
@@ -127,7 +127,7 @@ def evaluate(model, idx, targets, sparse):
 
 
 def score(model, idx, targets):
-    """Evaluate a full and a sparse pass (of a plain model, the same). Print and return the scores."""
+    """Evaluate a full and a sparse pass (identical for plain models). Print and return the scores."""
     val_loss, ran = evaluate(model, idx, targets, sparse=False)
     val_loss_sparse = val_loss
     if model.config.model != "plain":
@@ -218,7 +218,7 @@ def main(argv=None):
         evaluates = step % args.eval_interval == 0 or step == args.max_iters
         if step % 20 == 0 or evaluates:
             assert torch.isfinite(norm), "the gradient is not finite: lower --learning_rate"
-            seconds = (time.perf_counter() - began) / (step - first)    # per step, with evaluations
+            seconds = (time.perf_counter() - began) / (step - first)    # per step, including evaluations
             print(f"step {step}/{args.max_iters}  loss {task_loss.item():.4f}  gates",
                   *(f"{gate:.2f}" for gate in gates.mean((1, 2)).tolist()), f" {1000 * seconds:.0f} ms/step, "
                   f"{seconds * (args.max_iters - step) / 60:.1f} min left", flush=True)

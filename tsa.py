@@ -57,11 +57,11 @@ def binary(scale):
     return (scale >= 0.5).float()
 
 def skip(scale):
-    """Like the soft gate, except that tokens with a scale near 0 skip."""
+    """Like the soft gate, but 0 for scales below 0.1."""
     return scale * (scale >= 0.1)
 
 def stretch(scale):
-    """A scale that is exactly 0 up to 1/7, so that what is trained is what runs."""
+    """A gate that is exactly 0 up to a scale of 1/7, and runs as it was trained."""
     return (1.4 * scale - 0.2).clamp(0, 1)          # hard concrete without noise (Louizos et al. 2018, 1712.01312)
 
 def straight(scale):
@@ -149,10 +149,10 @@ class Block(nn.Module):
     def forward(self, x, gate=None, sparse=False):
         """
         x (B, T, C), gate (B, T) -> (B, T, C). Without a gate, this is the plain block. If sparse, only the N tokens
-        whose gate is not 0 are computed, with the same result.
+        whose gate is not 0 are computed: same gate, same result.
         """
         h = self.ln1(x)
-        kv = self.attn.key_value(h)             # of all tokens: those that skip are attended to, too
+        kv = self.attn.key_value(h)             # of all tokens: others attend to skipping ones, too
         if self.attn.cache is not None:         # only in generate()
             kv = self.attn.append_to_cache(kv)                                  # (B, S, 2C)
         if gate is None:
@@ -289,7 +289,7 @@ def load_checkpoint(path):
             saved = torch.load(file, map_location="cpu", weights_only=True)
             config, state = Config(**saved["config"]), saved["model"]
         except Exception:       # torch raises many kinds, and recommends an unsafe load
-            raise ValueError(f"{path} is damaged or of another version of train.py") from None
+            raise ValueError(f"{path} is damaged or from another version of train.py") from None
     if config.model not in MODELS or config.gate not in GATES:
         raise ValueError(f"{path}: there is no model {config.model} with gate {config.gate} in tsa.py")
     model = MODELS[config.model](config)
@@ -326,7 +326,7 @@ def savings(config, ran, T=None):
 @torch.inference_mode()
 def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, sparse=True):
     """
-    Continue idx (B, T). For each step, yield the new tokens (B, 1) and the gates (L, B) of those that predicted them.
+    Continue idx (B, T). For each step, yield the new tokens (B, 1) and the gates (L, B) of the tokens before them.
     When the text outgrows the context, generation restarts from its last block_size // 2 tokens, at position 0.
     """
     block_size, new = model.config.block_size, None
