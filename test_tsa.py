@@ -229,6 +229,7 @@ def test_text_is_split_at_characters_and_cut_into_windows(name, a, b, monkeypatc
     for file, content in (("u.txt", text), ("b.py", text[40:]), ("a.py", text[:40])):
         Path(file).write_text(content, encoding="utf-8")
     os.mkdir("data")
+    Path("data/c.py").write_text("not a top-level module")
     with zipfile.ZipFile("data/enwik8.zip", "w") as archive:
         archive.writestr("enwik8", text)
     monkeypatch.setattr(Path, "glob", lambda *args: sorted(glob(*args), reverse=True))      # another file system
@@ -321,11 +322,10 @@ def test_run_equals_a_loop_written_out(monkeypatch):
     assert clipped > 2 and sum(group["weight_decay"] > 0 for group in groups) == 3 * 5 + 2 * 2
     assert_close(saved["model"], model.state_dict(), rtol=1e-3, atol=2e-4)
 
-@pytest.mark.parametrize("run", ["--model plain --n_layer 1", "--model exit", "--gate stretch --gate_bias 1.4",
-                                 "--gate straight --halt --data copy"])
+@pytest.mark.parametrize("run", ["--model plain --n_layer 1", "--model exit", "--gate stretch", "--halt --data copy"])
 def test_result_is_the_score_of_the_checkpoint(run, capsys):
     """It covers the whole validation split, full and sparse. A finished run, scored with another gate, keeps it."""
-    saved = fit("--block_size 50 --max_iters 15 --learning_rate .5 --dropout .1 --gate_bias -.5 --confidence .2 " + run)
+    saved = fit("--block_size 50 --max_iters 15 --learning_rate .5 --dropout .1 --gate_bias 1.4 --confidence .2 " + run)
     model, before = load_checkpoint("run/ckpt.pt")[0], Path("run/result.json").read_text()
     result, (idx, targets) = json.loads(before), data.load(saved["flags"]["data"]).windows("val", 50)
     for sparse, name in ((False, "val_loss"), (True, "val_loss_sparse")):
@@ -427,27 +427,26 @@ def test_map_shows_the_prediction_after_each_block(design, sparse, capsys, monke
             for c, gate in zip(best, gates[l, 0].tolist())]))
     expected = "".join("".join((name + "".join(cells[part])).rstrip() + "\n" for name, cells in rows) + "\n"
                        for part in (slice(0, 6), slice(6, 9)))          # 20 columns hold 6 cells
-    plain = re.sub(r"\033\[[0-9;]*m", "", expected)
     monkeypatch.setenv("COLUMNS", "20")
-    for no_color, out in (("", expected), ("1", plain)):
-        monkeypatch.setenv("NO_COLOR", no_color)
-        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-        sample.write_map(model, vocab, idx, sparse, right + "?")
-        assert capsys.readouterr().out == out and not model.blocks[0]._forward_hooks
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    sample.write_map(model, vocab, idx, sparse, right + "?")
+    assert capsys.readouterr().out == expected and not model.blocks[0]._forward_hooks
 
-def test_color_of_a_character_is_its_depth(capsys, monkeypatch):
-    """The seed decides the text, and the closing line says what was saved."""
+@pytest.mark.parametrize("sparse", [True, False])
+def test_color_of_a_character_is_its_depth(sparse, capsys, monkeypatch):
+    """The share of the blocks that ran or, in a full pass, the mean gate. The seed decides the text."""
     model, saved = load_checkpoint(sample.SHIPPED)          # what sample.py shows if there is no run
     torch.manual_seed(1)
-    steps = list(generate(model, data.encode(saved["prompt"], saved["vocab"])[None], 40, 2.0, top_k=3))
-    expected, ran = saved["prompt"], torch.cat([gates != 0 for _, gates in steps], 1).double()              # (L, 40)
+    steps = list(generate(model, data.encode(saved["prompt"], saved["vocab"])[None], 40, 2.0, 3, sparse))
+    gates, expected = torch.cat([gates for _, gates in steps], 1), saved["prompt"]                         # (L, 40)
+    ran = (gates != 0).double() if sparse else gates
     for (idx_next, _), depth in zip(steps, ran.mean(0).tolist()):
         c, color = saved["vocab"][idx_next], (195, 153, 111, 75, 33)[round(depth * 4)]
         expected += c if c == "\n" else f"\033[30;48;5;{color}m{c}\033[0m"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    sample.main("--max_new_tokens=40 --temperature=2 --top_k=3 --seed=1 --device=cpu".split())
-    out, err = capsys.readouterr()
-    assert out == expected + "\n" and f"a token ran {sum(ran.mean(1).tolist()):.2f} of 12 blocks on average" in err
+    flag, how = ("--sparse", f"a token ran {sum(ran.mean(1).tolist()):.2f} of 12") if sparse else ("--no-sparse", "full")
+    sample.main(f"--max_new_tokens=40 --temperature=2 --top_k=3 --seed=1 --device=cpu {flag}".split())
+    assert (shown := capsys.readouterr()).out == expected + "\n" and how in shown.err
 
 def test_code_in_the_readme_is_that_of_tsa_or_works(monkeypatch):
     """A tutorial that quotes a different program from the one it comes with is worse than none."""
