@@ -51,8 +51,7 @@ def read_runs(folders):
         result, about, scores = (json.loads(path.with_name(name).read_text()) if path.with_name(name).exists() else {}
                                  for name in ("result.json", "about.json", "scores.json"))
         result |= {"run": path.parent.name, "family": path.parent.name.partition("-")[0], "split": "val", **about}
-        same = [score for score in scores if (score["split"], score["gate"]) == ("val", result["gate"])]
-        rows += [result | score for score in (same[-1:] or [{}]) + [score for score in scores if score not in same]]
+        rows += [result | score for score in scores or [{}]]
     return rows
 
 

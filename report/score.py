@@ -1,7 +1,7 @@
 """
-Score finished runs once more: python -m report.score out/chain-straight-s0 ... [--gate skip]
+Score finished runs once more: python -m report.score out/chain-straight-s0 ...
 
-Append to DIR/scores.json the losses, savings and accuracy on the validation split and on data that chose nothing: the
+Write into DIR/scores.json the losses, savings and accuracy on the validation split and on data that chose nothing: the
 test split of a text, or 1,000 chains from another random seed. For chains, count the tokens by hops and blocks, too.
 """
 import argparse
@@ -12,7 +12,7 @@ import torch
 
 import data
 from train import evaluate
-from tsa import GATES, load_checkpoint, savings
+from tsa import load_checkpoint, savings
 
 
 def count_hops(text):
@@ -36,7 +36,7 @@ def score(model, idx, targets, vocab=None):
     tlops_saved, macs_saved = savings(model.config, ran, idx.size(1))
     passes = [model(x, sparse=True) for x in idx.split(64)]
     right = torch.cat([logits.argmax(-1) for logits, _ in passes]) == targets              # (n, T)
-    result = dict(gate=model.config.gate, val_loss=val_loss, val_loss_sparse=val_loss_sparse, tlops_saved=tlops_saved,
+    result = dict(val_loss=val_loss, val_loss_sparse=val_loss_sparse, tlops_saved=tlops_saved,
                   macs_saved=macs_saved, ran=ran, accuracy=right[targets >= 0].double().mean().item())
     if vocab:
         blocks = torch.cat([(gates != 0).sum(0) for _, gates in passes])                   # (n, T)
@@ -51,22 +51,17 @@ def score(model, idx, targets, vocab=None):
 def main(argv=None):
     parser = argparse.ArgumentParser()
     parser.add_argument("folders", type=Path, nargs="+")
-    parser.add_argument("--gate", choices=GATES, help="gate design (default: the run's)")
-    args = parser.parse_args(argv)
-    for folder in args.folders:
+    for folder in parser.parse_args(argv).folders:
         model, saved = load_checkpoint(folder / "ckpt.pt")
-        model.config.gate = args.gate or model.config.gate
-        corpus, T, vocab = data.load(saved["flags"]["data"]), model.config.block_size, None
-        path = folder / "scores.json"
+        corpus, T, vocab, rows = data.load(saved["flags"]["data"]), model.config.block_size, None, []
         unseen = corpus.windows("test", T) if "test" in corpus.splits else None
         if saved["flags"]["data"] == "chain":
             vocab, unseen = corpus.vocab, data.chain(seed=1).windows("val", T)
-        rows = json.loads(path.read_text()) if path.exists() else []
         for split, windows in (("val", corpus.windows("val", T)), ("test", unseen)):
             if windows:
                 rows.append({"split": split} | score(model, *windows, vocab))
                 print(folder, rows[-1])
-        path.write_text(json.dumps(rows))
+        (folder / "scores.json").write_text(json.dumps(rows))
 
 
 if __name__ == "__main__":

@@ -30,21 +30,18 @@ def test_scores_are_those_of_training(monkeypatch):
     score.main(["run"])
     (model, _), result = load_checkpoint("run/ckpt.pt"), json.loads(Path("run/result.json").read_text())
     row, = json.loads(Path("run/scores.json").read_text())      # tasks other than chains have no unseen split
-    assert all(row[name] == pytest.approx(result[name]) for name in row.keys() & result.keys() - {"gate"})
+    assert all(row[name] == pytest.approx(result[name]) for name in row.keys() & result.keys())
     idx, targets = data.load("copy").windows("val", 50)
     right = (model(idx, sparse=True)[0].argmax(-1) == targets)[:, 21:]          # what precedes | is not scored
     assert row["accuracy"] == pytest.approx(right.double().mean().item()) and saved["step"] == 3
     fit("--max_iters 1 --out_dir text")
     score.main(["text"])
-    score.main(["text", "--gate", "skip"])
     rows = json.loads(Path("text/scores.json").read_text())
-    assert [(row["split"], row["gate"]) for row in rows] == [
-        ("val", "soft"), ("test", "soft"), ("val", "skip"), ("test", "skip")]
-    assert rows[0]["val_loss"] != rows[1]["val_loss"] and rows[0]["val_loss_sparse"] != rows[2]["val_loss_sparse"]
+    assert [row["split"] for row in rows] == ["val", "test"] and rows[0]["val_loss"] != rows[1]["val_loss"]
     Path("text/about.json").write_text('{"commit": "abc1234"}')
     collected = plot.read_runs(["."])
     assert [(row["run"], row["split"], row["gate"], row.get("commit")) for row in collected] == [
-        ("run", "val", "straight", None), *(("text", row["split"], row["gate"], "abc1234") for row in rows)]
+        ("run", "val", "straight", None), ("text", "val", "soft", "abc1234"), ("text", "test", "soft", "abc1234")]
     assert "accuracy" in collected[0] and collected[2]["val_loss"] == rows[1]["val_loss"]
 
 def test_shipped_chain_model_runs_the_blocks_that_suffice():
