@@ -37,7 +37,7 @@ PRESETS = {     # what replaces the defaults of the flags below
     "copy": dict(data="copy", batch_size=256, max_iters=390, eval_interval=39),
     "sort": dict(data="sort", batch_size=256, max_iters=390, eval_interval=39),
 }
-# Let the unfused attention kernel accumulate in bfloat16 (despite the name, also on CPUs).
+# For speed: let the unfused attention kernel accumulate in bfloat16 (despite the name, also on CPUs).
 torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
 
 

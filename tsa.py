@@ -105,7 +105,7 @@ class Attention(nn.Module):
         B, T, C = h.shape
         q = self.query(h if rows is None else h[rows])
         if rows is not None:
-            q = q.new_zeros(B, T, C).index_put(rows, q)     # the kernel computes T queries: 0 for those that skip
+            q = q.new_zeros(B, T, C).index_put(rows, q)     # 0 for tokens that skip: the call below needs T queries
         q = q.view(B, T, self.n_head, -1).transpose(1, 2)                       # (B, nh, T, hs)
         k, v = kv.view(B, -1, 2, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, nh, S, hs) each
         dropout_p = self.dropout if self.training else 0.0
@@ -258,7 +258,7 @@ class Exit(Transformer):
             return super().forward(idx)
         first, *others = self.blocks
         gate = torch.ones(idx.shape, device=idx.device)         # 1 until the token exits
-        x, gates, logits = first(self.embed(idx)), [gate], 0
+        x, gates, logits = first(self.embed(idx)), [gate], 0    # no prediction after block 0
         for block, norm in zip(others, [*self.exit_norms[1:], self.ln_f]):
             x = block(x, gate, sparse)
             gates.append(gate)
