@@ -22,8 +22,8 @@ BLUES = (195, 153, 111, 75, 33)         # terminal colors for open gates, from n
 
 
 def paint(text, gate):
-    """In a terminal, color the background of the text by the gate. A closed gate gets no color."""
-    if gate == 0 or not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
+    """In a terminal, color the background of the text by the gate."""
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
         return text
     return f"\033[30;48;5;{BLUES[round(min(max(gate, 0), 1) * (len(BLUES) - 1))]}m{text}\033[0m"
 
