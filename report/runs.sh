@@ -30,7 +30,7 @@ all="0 1 2 3 4 5"
 for lam in 0.003 0.1; do run 0 chain-shalt-lam$lam $halt --lam $lam; done
 for lam in 0.003 0.01 0.1; do run 0 chain-shalt-lam$lam-ramp $halt --lam $lam $ramp; done
 run "0 1 2" chain-shalt-lam0.01 $halt --lam 0.01
-run "0 1 2 3" chain-shalt-lam0.03 $halt --lam 0.03
+run "$all" chain-shalt-lam0.03 $halt --lam 0.03
 run "$all" chain-shalt-lam0.03-ramp $halt --lam 0.03 $ramp
 for lam in 0.01 0.1; do run 0 chain-straight-lam$lam $straight --lam $lam; done
 for lam in 0.01 0.03; do run 0 chain-straight-lam$lam-ramp $straight --lam $lam $ramp; done
@@ -47,7 +47,7 @@ run "0 1 2" chain3-shalt-lam0.03-ramp $halt --n_layer 3 --lam 0.03 $ramp
 run 0 chain3-stretch-lam0.1 $stretch --n_layer 3 --lam 0.1
 run "0 1 2" chain3-stretch-lam0.1-ramp $stretch --n_layer 3 --lam 0.1 $ramp
 run "3 4 5" chain-plain3 --preset chain --model plain --n_layer 3        # seeds 0 to 2 are of 34cc4f9
-run 3 chain-exit --preset chain --model exit
+run "3 4 5" chain-exit --preset chain --model exit
 
 # Text
 text="--gate straight --halt --lam"
