@@ -107,7 +107,7 @@ def test_no_token_sees_the_future(settings, sparse):
                                       dict(gate="stretch", gate_bias=50.0)])        # closed for everyone
 @pytest.mark.parametrize("sparse", [False, True])
 def test_pass_equals_one_written_out(settings, sparse):
-    """Equations (1) to (4) and their gradients. A sparse pass has the same result (and what it computes is below)."""
+    """Equations (1) to (4) and their gradients. A sparse pass gives the same result as scaling every token."""
     model, idx, targets = tiny(**settings), tokens(), tokens(seed=2)
     targets[0, :10] = -1        # not scored
     states = []         # x after each block
