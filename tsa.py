@@ -46,7 +46,7 @@ class Config:
 # ----------------------------------------------------------------------------------------------------------------
 # Gate designs: the place to experiment. A design is a pair of functions of the scale 1 - p (B, T). The first returns
 # the gate for training (a full pass), the second the gate for inference (a sparse pass). Both return floats and treat
-# each token by itself; the first must pass a gradient for some scales.
+# each token by itself; the first must pass a gradient.
 
 def soft(scale):
     """The paper's gate in training, equation (4)."""
@@ -105,7 +105,7 @@ class Attention(nn.Module):
         B, T, C = h.shape
         q = self.query(h if rows is None else h[rows])
         if rows is not None:
-            q = q.new_zeros(B, T, C).index_put(rows, q)     # 0 for tokens that skip: the call below needs T queries
+            q = q.new_zeros(B, T, C).index_put(rows, q)     # 0 for tokens that skip: is_causal needs T queries
         q = q.view(B, T, self.n_head, -1).transpose(1, 2)                       # (B, nh, T, hs)
         k, v = kv.view(B, -1, 2, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, nh, S, hs) each
         dropout_p = self.dropout if self.training else 0.0
@@ -209,7 +209,7 @@ class Transformer(nn.Module):
         return self.head(self.ln_f(x)), torch.ones(len(self.blocks), *idx.shape, device=idx.device)
 
     def loss(self, idx, targets):
-        """idx, targets (B, T) -> the mean cross-entropy, without the depth penalty, and the gates (L, B, T)."""
+        """idx, targets (B, T) -> the mean cross-entropy (train.py adds the depth penalty) and the gates (L, B, T)."""
         logits, gates = self(idx)
         return token_loss(logits, targets).sum() / (targets >= 0).sum(), gates
 
@@ -308,7 +308,7 @@ def multiply_adds(config, ran, T=None):
     # those that run a block: query and output projection (1 C^2 each), and feed-forward (8 C^2).
     total = L * (2 * C * C + T / 2 * 2 * C) + sum(ran) * 10 * C * C + head
     if config.model == "exit":
-        total += (L - 2) * head                             # predictions before the last block
+        total += (L - 2) * head                             # predictions after blocks 1 to L - 2
     elif config.model != "plain":
         total += (L - 1) * (C + 1) * max(C // 4, 16)        # routers
     return total
@@ -326,7 +326,7 @@ def savings(config, ran, T=None):
 @torch.inference_mode()
 def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, sparse=True):
     """
-    Continue idx (B, T). For each step, yield the new tokens (B, 1) and the gates (L, B) of the tokens before them.
+    Continue idx (B, T). For each step, yield the new tokens (B, 1) and the gates (L, B) of those that predicted them.
     When the text outgrows the context, generation restarts from its last block_size // 2 tokens, at position 0.
     """
     block_size, new = model.config.block_size, None

@@ -41,8 +41,9 @@ def score(model, idx, targets, vocab=None):
     if vocab:
         blocks = torch.cat([(gates != 0).sum(0) for _, gates in passes])                   # (n, T)
         hops = torch.tensor([count_hops([vocab[i] for i in row]) for row in idx])
-        needed = torch.tensor([blocks_that_suffice(n) for n in range(5)])[hops]
-        table = [[((hops == n) & (blocks == l)).sum().item() for l in range(1, 1 + len(ran))] for n in range(5)]
+        counts = range(data.ROUNDS)                             # a chain makes at most ROUNDS - 1 hops
+        needed = torch.tensor([blocks_that_suffice(n) for n in counts])[hops]
+        table = [[((hops == n) & (blocks == l)).sum().item() for l in range(1, 1 + len(ran))] for n in counts]
         result |= dict(hops=table, exact=(blocks == needed).double().mean().item(),
                        fewer=(blocks < needed).sum().item(), fewer_right=(right & (blocks < needed)).sum().item())
     return result

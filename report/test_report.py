@@ -53,6 +53,28 @@ def test_shipped_chain_model_runs_the_blocks_that_suffice():
     assert result["exact"] == pytest.approx(table[[0, 1, 2, 3, 4], [0, 0, 1, 1, 2]].sum().item() / 6000)
     assert result["fewer_right"] <= result["fewer"] == table[2:, 0].sum() + table[4, 1]
 
+def test_tokens_of_the_chain_model_attend_where_the_pages_say():
+    """The README once explained a way to hop that this model does not use."""
+    model, saved = load_checkpoint(HERE / "report" / "chain.pt")
+    weights = []                # of each block: (B, nh, T, T)
+    def record(attn, args):
+        q, k = (part.unflatten(-1, (4, 16)).transpose(1, 2) for part in (attn.query(args[0]), args[1][..., :64]))
+        weights.append((q @ k.mT / 4).masked_fill(torch.ones(30, 30).triu(1) > 0, -torch.inf).softmax(-1))
+    for block in model.blocks:
+        block.attn.register_forward_pre_hook(record)
+    model(data.encode(saved["prompt"], saved["vocab"])[None])
+    for block, token, place in ((0, "c", 3), (0, "m", 13), (1, "m", 12), (2, "t", 20)):
+        assert weights[block][0].mean(0)[saved["prompt"].index(token)].argmax() == place - 1
+    weights.clear()
+    idx = data.load("chain").windows("val", 30)[0][:200]
+    model(idx)
+    points = idx - len(data.DIGITS)                         # the place that a letter points to, below 0 for a digit
+    n, t = (points >= 0).nonzero(as_tuple=True)
+    middle, end = points[n, t], points[n, points[n, t]]     # one hop away and, if there is a letter, two
+    memorized = weights[0][n, 3, t].argmax(-1) == end
+    pairs = {data.LETTERS[a] + data.LETTERS[b] for a, b in zip(middle[memorized], end[memorized])}
+    assert pairs == set("gb je kb le so tr un vr wo xm".split()) and memorized[(middle == 6) & (end == 1)].all()
+
 def row(run, loss, seed=0, macs=0.0, **settings):
     return dict(family=run.partition("-")[0], run=run, split="val", gate="soft", model="tsa", confidence="", seed=seed,
                 tlops_saved=0.5, val_loss=9.0, val_loss_sparse=loss, macs_saved=macs) | settings
