@@ -63,7 +63,6 @@ torch.save(saved, 'report/chain.pt')"
 python -m report.plot out --csv report/results.csv --svg report/forest.svg
 line="    def __init__(self, name, value):"
 python -m report.screenshot report/map.svg sample.py report/python-skip.pt --map --prompt "$line"
-python -m report.screenshot report/text.svg sample.py report/python-skip.pt --max_new_tokens 330
 
 # Timings: let nothing else run. The rows of deep-stretch-full-s0 are of a checkpoint of 34cc4f9 without its threshold.
 unset OMP_NUM_THREADS
