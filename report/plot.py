@@ -19,7 +19,7 @@ import numpy as np
 
 from tsa import Config, multiply_adds
 
-LAYERS = {"alone": 12, "deep": 12, "drop": 12, "long": 12, "rate": 12}       # of a family's plain model, elsewhere 6
+LAYERS = {"alone": 12, "chain8": 12, "deep": 12, "drop": 12, "long": 12, "rate": 12}       # of plain models; others: 6
 SIZES = ("n_layer", "n_embd", "block_size", "vocab_size")
 SCORES = ("val_loss", "val_loss_sparse", "tlops_saved", "macs_saved", "accuracy", "exact")
 # Means over n seeds: the 97.5% quantile of Student's t with n - 1 degrees of freedom

@@ -50,10 +50,19 @@ run "0 1 2" chain3-stretch-lam0.1-ramp $stretch --n_layer 3 --lam 0.1 $ramp
 run "3 4 5" chain-plain3 --preset chain --model plain --n_layer 3        # seeds 0 to 2 are of 34cc4f9
 run "3 4 5" chain-exit --preset chain --model exit
 
-# Text
-text="--gate straight --halt --lam"
-run 0 shakespeare-shalt-lam0.003 --data shakespeare $text 0.003
-run 0 deep-shalt-lam0.003 --preset deep $text 0.003
+# Longer chains: eight rounds instead of five, with an edit of data.py that is undone
+sed -i 's/^DIGITS\(.*\) 5, 6 /DIGITS\1 8, 6 /' data.py
+run "0 1 2" chain8-shalt-lam0.03-ramp $halt --n_layer 12 --block_size 48 --lam 0.03 $ramp
+for n in 3 4; do run 0 chain8-plain$n --preset chain --model plain --n_layer $n --block_size 48; done
+sed -i 's/^DIGITS\(.*\) 8, 6 /DIGITS\1 5, 6 /' data.py
+
+# Text, and the paper's size: 5,000 steps of 1.9 seconds with 2 threads
+text="--data shakespeare --gate straight"
+for lam in 0.001 0.003 0.01; do run 0 shakespeare-shalt-lam$lam $text --halt --lam $lam; done
+for lam in 0.001 0.003; do run 0 shakespeare-straight-lam$lam $text --lam $lam; done
+run 0 deep-shalt-lam0.003 --preset deep --gate straight --halt --lam 0.003
+run 0 deep-straight-lam0.003 --preset deep --gate straight --lam 0.003
+OMP_NUM_THREADS=2 run 0 paper-stretch --preset paper --data shakespeare --gate stretch
 
 python -c "import torch
 saved = torch.load('out/chain-shalt-lam0.03-s0/ckpt.pt', weights_only=True)
