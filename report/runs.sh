@@ -59,7 +59,7 @@ sed -i 's/^DIGITS\(.*\) 8, 6 /DIGITS\1 5, 6 /' data.py
 # Text, and the paper's size: 5,000 steps of 1.9 seconds with 2 threads
 text="--data shakespeare --gate straight"
 for lam in 0.001 0.003 0.01; do run 0 shakespeare-shalt-lam$lam $text --halt --lam $lam; done
-run 0 shakespeare-straight-lam0.003 $text --lam 0.003
+for lam in 0.001 0.003; do run 0 shakespeare-straight-lam$lam $text --lam $lam; done
 run 0 deep-shalt-lam0.003 --preset deep --gate straight --halt --lam 0.003
 run 0 deep-straight-lam0.003 --preset deep --gate straight --lam 0.003
 OMP_NUM_THREADS=2 run 0 paper-stretch --preset paper --data shakespeare --gate stretch
