@@ -54,7 +54,7 @@ def test_shipped_chain_model_runs_the_blocks_that_suffice():
     assert result["fewer_right"] <= result["fewer"] == table[2:, 0].sum() + table[4, 1]
 
 def test_tokens_of_the_chain_model_attend_where_the_pages_say():
-    """The README once explained a way to hop that this model does not use."""
+    """A plausible explanation can be wrong: the pages say what the attention weights show."""
     model, saved = load_checkpoint(HERE / "report" / "chain.pt")
     weights = []                # of each block: (B, nh, T, T)
     def record(attn, args):
