@@ -18,7 +18,7 @@ from tsa import GATES, generate, load_checkpoint, savings
 from train import positive
 
 SHIPPED = Path(__file__).resolve().parent / "report" / "python-skip.pt"
-BLUES = (195, 153, 111, 75, 33)         # terminal colors for open gates, from near 0 (pale) to 1 (deep)
+BLUES = (195, 159, 117, 75, 33)         # terminal colors for open gates, from near 0 (pale) to 1 (deep)
 
 
 def paint(text, gate):

@@ -419,7 +419,7 @@ def test_map_shows_the_prediction_after_each_block(design, sparse, capsys, monke
         x, norm = block(x, gates[l]), model.exit_norms[l] if design == "exit" and l < 3 else model.ln_f
         best = read(shown, (norm(x) @ model.wte.weight.T)[0].argmax(-1))
         rows.insert(0, (f"block {l} ", [
-            f"\033[30;48;5;{(195, 153, 111, 75, 33)[round(gate * 4)]}m {c}\033[0m" if gate else "  "
+            f"\033[30;48;5;{(195, 159, 117, 75, 33)[round(gate * 4)]}m {c}\033[0m" if gate else "  "
             for c, gate in zip(best, gates[l, 0].tolist())]))
     expected = "".join("".join((name + "".join(cells[part])).rstrip() + "\n" for name, cells in rows) + "\n"
                        for part in (slice(0, 6), slice(6, 9)))          # 20 columns hold 6 cells
@@ -437,7 +437,7 @@ def test_color_of_a_character_is_its_depth(sparse, capsys, monkeypatch):
     gates, expected = torch.cat([gates for _, gates in steps], 1), saved["prompt"]                         # (L, 40)
     ran = (gates != 0).double() if sparse else gates
     for (idx_next, _), depth in zip(steps, ran.mean(0).tolist()):
-        c, color = saved["vocab"][idx_next], (195, 153, 111, 75, 33)[round(depth * 4)]
+        c, color = saved["vocab"][idx_next], (195, 159, 117, 75, 33)[round(depth * 4)]
         expected += c if c == "\n" else f"\033[30;48;5;{color}m{c}\033[0m"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     flag, how = ("--sparse", f"ran {sum(ran.mean(1).tolist()):.2f} of 12") if sparse else ("--no-sparse", "full")

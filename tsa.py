@@ -16,7 +16,7 @@ Nothing is sampled. Every model runs in two ways:
     model(idx)                  full: every block is computed for every token, scaled by the training gates
     model(idx, sparse=True)     sparse: a token whose inference gate is 0 skips the block and keeps its x
 
-Other tokens still attend to the keys and values of a token that skips, so a skipped block is cheap, but not free.
+Other tokens still attend to the keys and values of a token that skips, so a skip saves most of a block, not all of it.
 Shapes: B sequences of T tokens, C = n_embd channels, nh heads of size hs = C / nh, V characters, L blocks. N tokens of
 the batch run a block. S tokens per sequence have keys and values: T, or more while generate() caches earlier ones.
 """
@@ -32,7 +32,7 @@ class Config:
     """The hyperparameters of a model. The defaults are small; `--preset paper` of train.py has the paper's sizes."""
     model: str = "tsa"          # a name in MODELS
     gate: str = "soft"          # tsa: a name in GATES
-    gate_bias: float = -1.0     # tsa: initial b2 of equation (3); at -1 the gates start near 0.73
+    gate_bias: float = -1.0     # tsa: initial b2 of equation (3); -1 lets the gates start near 0.73
     halt: bool = False          # tsa: multiply each gate by those before it, so that it stays 0 once it is 0
     confidence: float = 0.9     # exit: stop above this probability of the likeliest character
     vocab_size: int = 65

@@ -125,7 +125,7 @@ def draw(summary, rows, path):
     for text in axes.get_yticklabels():
         text.set_fontweight("bold" if text.get_text() in FOREST else "normal")
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel("sparse loss against plain models with as many multiply-adds (%)")
+    axes.set_xlabel("sparse loss relative to plain models at equal multiply-adds (%)")
     axes.spines[["top", "right", "left"]].set_visible(False)
     figure.savefig(path, format="svg", metadata={"Date": None})
 
