@@ -47,7 +47,11 @@ run "$all" chain3-shalt-lam0.01-ramp $halt --n_layer 3 --lam 0.01 $ramp
 run "0 1 2" chain3-shalt-lam0.03-ramp $halt --n_layer 3 --lam 0.03 $ramp
 run 0 chain3-stretch-lam0.1 $stretch --n_layer 3 --lam 0.1
 run "0 1 2" chain3-stretch-lam0.1-ramp $stretch --n_layer 3 --lam 0.1 $ramp
-run "3 4 5" chain-plain3 --preset chain --model plain --n_layer 3        # seeds 0 to 2 are of 34cc4f9
+run "0 1 2" chain3-shalt-lam0.01-bias3 $halt --n_layer 3 --lam 0.01 --gate_bias -3
+run "$all" chain-plain4 --preset chain --model plain --n_layer 4
+for n in 1 2 3 6; do                                    # seeds 0 to 2 are of 34cc4f9
+    run "3 4 5" chain-plain$n --preset chain --model plain --n_layer $n
+done
 run "3 4 5" chain-exit --preset chain --model exit
 
 # Longer chains: eight rounds instead of five, with an edit of data.py that is undone
@@ -58,10 +62,14 @@ sed -i 's/^DIGITS\(.*\) 8, 6 /DIGITS\1 5, 6 /' data.py
 
 # Text, and the paper's size: 5,000 steps of 1.9 seconds with 2 threads
 text="--data shakespeare --gate straight"
-for lam in 0.001 0.003 0.01; do run 0 shakespeare-shalt-lam$lam $text --halt --lam $lam; done
-for lam in 0.001 0.003; do run 0 shakespeare-straight-lam$lam $text --lam $lam; done
-run 0 deep-shalt-lam0.003 --preset deep --gate straight --halt --lam 0.003
-run 0 deep-straight-lam0.003 --preset deep --gate straight --lam 0.003
+deep="--preset deep --gate straight"
+for lam in 0.001 0.003 0.01; do
+    run 0 shakespeare-shalt-lam$lam $text --halt --lam $lam
+    run 0 deep-shalt-lam$lam $deep --halt --lam $lam
+    run 0 deep-straight-lam$lam $deep --lam $lam
+done
+run "0 1 2" shakespeare-straight-lam0.001 $text --lam 0.001
+run 0 shakespeare-straight-lam0.003 $text --lam 0.003
 OMP_NUM_THREADS=2 run 0 paper-stretch --preset paper --data shakespeare --gate stretch
 
 python -c "import torch
