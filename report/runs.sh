@@ -63,13 +63,14 @@ sed -i 's/^DIGITS\(.*\) 8, 6 /DIGITS\1 5, 6 /' data.py
 # Text, and the paper's size: 5,000 steps of 1.9 seconds with 2 threads
 text="--data shakespeare --gate straight"
 deep="--preset deep --gate straight"
-for lam in 0.001 0.003 0.01; do
-    run 0 shakespeare-shalt-lam$lam $text --halt --lam $lam
-    run 0 deep-shalt-lam$lam $deep --halt --lam $lam
-    run 0 deep-straight-lam$lam $deep --lam $lam
-done
 run "0 1 2" shakespeare-straight-lam0.001 $text --lam 0.001
 run 0 shakespeare-straight-lam0.003 $text --lam 0.003
+run "0 1 2" shakespeare-shalt-lam0.001 $text --halt --lam 0.001
+for lam in 0.003 0.01; do run 0 shakespeare-shalt-lam$lam $text --halt --lam $lam; done
+for lam in 0.001 0.003; do run 0 deep-straight-lam$lam $deep --lam $lam; done
+run "0 1 2" deep-straight-lam0.01 $deep --lam 0.01
+run "0 1 2" deep-shalt-lam0.001 $deep --halt --lam 0.001
+for lam in 0.003 0.01; do run 0 deep-shalt-lam$lam $deep --halt --lam $lam; done
 OMP_NUM_THREADS=2 run 0 paper-stretch --preset paper --data shakespeare --gate stretch
 
 python -c "import torch
