@@ -25,9 +25,11 @@ SCORES = ("val_loss", "val_loss_sparse", "tlops_saved", "macs_saved", "accuracy"
 # Means over n seeds: the 97.5% quantile of Student's t with n - 1 degrees of freedom
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
 FOREST = {      # heading: (name of the runs, gate, label); red: models that skip nothing
-    "Shakespeare, 6 layers": [("shakespeare-tsa", "skip", "skip"), ("shakespeare-stretch", "stretch", "stretch")],
+    "Shakespeare, 6 layers": [("shakespeare-tsa", "skip", "skip"), ("shakespeare-stretch", "stretch", "stretch"),
+                              ("shakespeare-straight-lam0.001", "straight", "straight")],
     "Python, 6 layers": [("stdlib-tsa", "skip", "skip"), ("stdlib-stretch", "stretch", "stretch")],
     "Python, 12 layers": [("deep-tsa", "skip", "skip"), ("deep-stretch", "stretch", "stretch"),
+                          ("deep-straight-lam0.01", "straight", "straight"),
                           ("deep-several8", "", "8 plain layers with a loss after every block"),
                           ("deep-several10", "", "10 plain layers with a loss after every block")],
     "Python, 12 layers, three times as long, dropout": [("drop-tsa", "skip", "skip")]}
@@ -106,7 +108,7 @@ def draw(summary, rows, path):
     """A forest plot: by how many percent the sparse loss differs from plain models of equal multiply-adds."""
     from matplotlib.figure import Figure
     lines = {(line["name"], line["gate"]): line for line in summary if line["split"] == "val"}
-    axes = (figure := Figure(figsize=(9, 4.2), layout="constrained")).subplots()
+    axes = (figure := Figure(figsize=(9, 4.5), layout="constrained")).subplots()
     axes.axvspan(-0.31, 0.31, color="0.9")          # twice the deviation between reruns of one seed
     axes.axvline(0, color="black", lw=0.8)
     y, labels = 0, {}
