@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 from data import chain_answers, encode
-from tsa import GATES, generate, load_checkpoint, savings
+from tsa import GATES, generate, load_checkpoint, saving
 from train import positive
 
 SHIPPED = Path(__file__).resolve().parent / "report" / "python-skip.pt"
-BLUES = (195, 159, 117, 75, 33)         # terminal colors for open gates, from near 0 (pale) to 1 (deep)
+BLUES = (195, 159, 117, 75, 33)         # terminal colors for gates from near 0 (pale) to 1 (deep)
 
 
 def paint(text, gate):
@@ -80,7 +80,7 @@ def main(argv=None):
     add("--prompt", help="text to continue or to map (default: stored in the checkpoint)")
     add("--gate", choices=GATES, help="gate design (default: the checkpoint's)")
     add("--sparse", action=argparse.BooleanOptionalAction,
-        help="skip blocks whose inference gate is 0 (default: yes, unless the gate is soft)")
+        help="skip blocks whose inference gate is 0 (default: yes, but not for --gate soft)")
     add("--max_new_tokens", type=positive, default=500, help="tokens to generate (default: 500)")
     add("--temperature", type=float, default=0.8, help="0 picks the most likely token (default: 0.8)")
     add("--top_k", type=positive, help="sample from the k most likely tokens (default: from all)")
@@ -108,12 +108,11 @@ def main(argv=None):
         gates = write_map(model, vocab, idx, sparse, answers)
     else:
         gates = write_text(model, vocab, idx, args, sparse, end="$" if task in ("copy", "sort") else None)
-    summary = f"full: every token ran all {config.n_layer} blocks"
+    summary = f"full: every token ran all {config.n_layer} blocks (add --gate skip to skip some)"
     if sparse:
         ran = (gates != 0).double().mean(1).tolist()
-        tlops, macs = savings(config, ran, gates.size(1) if shows_map else None)
-        summary = (f"sparse: a token ran {sum(ran):.2f} of {len(ran)} blocks on average, saving {tlops:.1%} of "
-                   f"token-layer operations and {macs:.1%} of multiply-adds")
+        saved = saving(config, ran, gates.size(1) if shows_map else None)
+        summary = f"sparse: a token ran {sum(ran):.2f} of {len(ran)} blocks, saving {saved:.1%} of the multiply-adds"
     print(f"{path}, {summary}", file=sys.stderr)
 
 

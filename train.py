@@ -25,20 +25,18 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import data
-from tsa import GATES, MODELS, Config, load_checkpoint, savings, token_loss
+from tsa import GATES, MODELS, Config, load_checkpoint, saving, token_loss
 
-PRESETS = {     # what replaces the defaults of the flags below
+PRESETS = {     # override the defaults of the flags below
     "laptop": {},
     "deep": dict(data="stdlib", n_layer=12, learning_rate=3e-3, warmup_iters=300),
     "paper": dict(n_head=8, n_embd=256, block_size=128, dropout=0.1, batch_size=64, max_iters=5000, learning_rate=3e-4,
                   warmup_iters=0, eval_interval=250),
     "chain": dict(data="chain", n_embd=64, block_size=30, batch_size=64, max_iters=1500, learning_rate=2e-3,
-                  eval_interval=100),
+                  lam_ramp=0.5, eval_interval=100),
     "copy": dict(data="copy", batch_size=256, max_iters=390, eval_interval=39),
     "sort": dict(data="sort", batch_size=256, max_iters=390, eval_interval=39),
 }
-# For speed: let the unfused attention kernel accumulate in bfloat16 (despite the name, also on CPUs).
-torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
 
 
 def positive(text):
@@ -52,12 +50,12 @@ def parse_flags(argv):
     """Return the flags and the checkpoint of the run to --resume (otherwise None)."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("--preset", choices=PRESETS, default="laptop", help="replaces defaults of the flags below")
+    add("--preset", choices=PRESETS, default="laptop", help="overrides the defaults below")
     add("--model", choices=MODELS, default=Config.model, help="the plain transformer, the paper's model, or early exit")
     add("--gate", choices=GATES, default=Config.gate, help="tsa: gate design, from GATES in tsa.py")
     add("--gate_bias", type=float, default=Config.gate_bias, help="tsa: initial bias of the routers")
     add("--halt", action="store_true", help="tsa: a token that skips one block skips all later ones")
-    add("--lam", type=float, default=0.001, help="tsa: weight of the depth penalty, the mean gate of blocks 1, 2, ...")
+    add("--lam", type=float, default=0.001, help="tsa: weight of the depth loss, the mean gate of blocks 1, 2, ...")
     add("--lam_ramp", type=float, default=0.0, help="tsa: share of training over which lam rises from 0")
     add("--confidence", type=float, default=Config.confidence, help="exit: a token exits above this probability")
     add("--data", default="auto", help="shakespeare, enwik8, stdlib, copy, sort, chain, or the path of a text file; "
@@ -109,6 +107,7 @@ def supports_bfloat16(device):
 @contextlib.contextmanager
 def precision(device, dtype):
     """The context of a training step's forward pass. On a CPU in bfloat16, the unfused attention kernel is faster."""
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)    # for its speed (despite the name, also on CPUs)
     unfused = sdpa_kernel(SDPBackend.MATH) if (device, dtype) == ("cpu", "bfloat16") else contextlib.nullcontext()
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16"), unfused:
         yield
@@ -132,13 +131,12 @@ def score(model, idx, targets):
     val_loss_sparse = val_loss
     if model.config.model != "plain":
         val_loss_sparse, ran = evaluate(model, idx, targets, sparse=True)
-    tlops_saved, macs_saved = savings(model.config, ran, idx.size(1))
-    print(f"validation loss {val_loss:.4f} full, {val_loss_sparse:.4f} sparse, saving {tlops_saved:.1%} of token-layer "
-          f"operations and {macs_saved:.1%} of multiply-adds ({len(idx):,} windows)")
-    # The penalty lowers the mean gate, but only gates of exactly 0 save anything: a gate of 0.03 is open.
+    blocks, saved = sum(ran), saving(model.config, ran, idx.size(1))
+    print(f"validation loss {val_loss:.4f} full, {val_loss_sparse:.4f} sparse: a token runs {blocks:.2f} of {len(ran)} "
+          f"blocks, saving {saved:.1%} of the multiply-adds ({len(idx):,} windows)")
+    # The depth loss lowers the mean gate, but only gates of exactly 0 save anything: a gate of 0.03 is open.
     print("  open gates", *(f"{share:.2f}" for share in ran), " (share of the tokens that ran each block)")
-    return dict(val_loss=val_loss, val_loss_sparse=val_loss_sparse, tlops_saved=tlops_saved, macs_saved=macs_saved,
-                ran=ran)
+    return dict(val_loss=val_loss, val_loss_sparse=val_loss_sparse, blocks=blocks, saved=saved, ran=ran)
 
 
 def seed_step(seed, step):
@@ -207,17 +205,18 @@ def main(argv=None):
         x, y = (part.to(args.device) for part in corpus.batch(args.batch_size, args.block_size))  # (B, T) each
         with precision(args.device, args.dtype):
             task_loss, gates = loss_of(x, y)                                    # gates (L, B, T)
-            loss = task_loss + (lam * gates[1:].mean() if routers else 0)                  # plus the depth penalty
+            loss = task_loss + (lam * model.depth_loss(gates) if routers else 0)
         loss.backward()
-        assert all(router.out.bias.grad is not None for router in routers), \
-            f"--gate {args.gate} passes no gradient to the routers: make it differentiable"
+        if routers and step == 1 and not any(p.grad is not None and p.grad.any() for p in model.routers.parameters()):
+            sys.exit(f"error: --gate {args.gate} passes no gradient to the routers: make it differentiable")
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
         evaluates = step % args.eval_interval == 0 or step == args.max_iters
         if step % 20 == 0 or evaluates:
-            assert torch.isfinite(norm), "the gradient is not finite: lower --learning_rate"
+            if not torch.isfinite(norm):
+                raise FloatingPointError("the gradient is not finite: lower --learning_rate")
             seconds = (time.perf_counter() - began) / (step - first)    # per step, including evaluations
             print(f"step {step}/{args.max_iters}  loss {task_loss.item():.4f}  gates",
                   *(f"{gate:.2f}" for gate in gates.mean((1, 2)).tolist()), f" {1000 * seconds:.0f} ms/step, "
@@ -231,7 +230,8 @@ def main(argv=None):
     print(f"scoring the whole validation split ({len(idx):,} windows)")
     result = run["config"] | run["flags"] | score(model, idx, targets)
     if first < args.max_iters or not (out_dir / "result.json").exists():
-        (out_dir / "result.json").write_text(json.dumps(result, indent=1))
+        (out_dir / "result.tmp").write_text(json.dumps(result, indent=1))
+        (out_dir / "result.tmp").replace(out_dir / "result.json")
         print(f"to look inside: python sample.py {out_dir}/ckpt.pt (with or without --map)")
 
 

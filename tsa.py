@@ -1,7 +1,8 @@
 """
 Token-Selective Attention (TSA) in one file: a character-level transformer in which a router decides, for every token,
 how much each block changes it. From scratch, after "Adaptive Computation Depth via Learned Token Routing in
-Transformers" (arXiv 2605.05222). Each token has a gate for each block. The gate scales both updates of its state x:
+Transformers" (arXiv 2605.05222). Each token has a gate for each block but the first. It scales both updates of the
+token's state x:
 
     x = x + gate * attn(ln1(x))                     (1)
     x = x + gate * ffn(ln2(x))                      (2)
@@ -11,14 +12,14 @@ After every block but the last, a router computes from x the probability p that 
     p = sigmoid(W2 relu(W1 x + b1) + b2)            (3)
     gate = 1 - p                                    (4)
 
-Nothing is sampled. Every model runs in two ways:
+Nothing is sampled. A model with gates runs in two ways:
 
     model(idx)                  full: every block is computed for every token, scaled by the training gates
     model(idx, sparse=True)     sparse: a token whose inference gate is 0 skips the block and keeps its x
 
-Other tokens still attend to the keys and values of a token that skips, so a skip saves most of a block, not all of it.
-Shapes: B sequences of T tokens, C = n_embd channels, nh heads of size hs = C / nh, V characters, L blocks. N tokens of
-the batch run a block. S tokens per sequence have keys and values: T, or more while generate() caches earlier ones.
+A skip saves about 80% of a block: keys, values and attention scores are still computed for every token.
+Shapes: B sequences of T tokens, C = n_embd channels, nh heads of size hs = C / nh, V characters, L blocks. In a sparse
+pass, N of the B * T tokens run a block. S tokens per sequence have keys and values: T, or more with a cache.
 """
 from dataclasses import dataclass, replace
 
@@ -95,7 +96,7 @@ class Attention(nn.Module):
         C = config.n_embd
         assert C % config.n_head == 0, f"n_embd {C} is not divisible by n_head {config.n_head}"
         self.n_head, self.dropout = config.n_head, config.dropout
-        self.query = nn.Linear(C, C, bias=False)            # a token that skips the block needs none
+        self.query = nn.Linear(C, C, bias=False)
         self.key_value = nn.Linear(C, 2 * C, bias=False)
         self.proj = nn.Linear(C, C, bias=False)
         self.cache = None       # in generate(): [kv (B, block_size, 2C), the number of tokens that are set]
@@ -152,18 +153,17 @@ class Block(nn.Module):
         whose gate is not 0 are computed: same gate, same result.
         """
         h = self.ln1(x)
-        kv = self.attn.key_value(h)             # of all tokens: others attend to skipping ones, too
+        kv = self.attn.key_value(h)             # of all tokens: running ones attend to skipping ones, too
         if self.attn.cache is not None:         # only in generate()
             kv = self.attn.append_to_cache(kv)                                  # (B, S, 2C)
         if gate is None:
             x = x + self.attn(h, kv)
             return x + self.ffn(self.ln2(x))
-        if not sparse or gate.all():            # every token runs the block
+        rows = gate.nonzero(as_tuple=True) if sparse else None  # sequences and positions of the N tokens, (N,) each
+        if not sparse or len(rows[0]) == gate.numel():          # every token runs the block
             gate = gate.to(x.dtype).unsqueeze(-1)                               # (B, T, 1)
             x = x + gate * self.attn(h, kv)                                     # equation (1)
             return x + gate * self.ffn(self.ln2(x))                             # equation (2)
-
-        rows = gate.nonzero(as_tuple=True)      # sequences and positions of the N tokens, (N,) each
         if len(rows[0]) == 0:
             return x
         y, gate = x[rows], gate[rows].to(x.dtype).unsqueeze(-1)                 # (N, C), (N, 1)
@@ -209,7 +209,7 @@ class Transformer(nn.Module):
         return self.head(self.ln_f(x)), torch.ones(len(self.blocks), *idx.shape, device=idx.device)
 
     def loss(self, idx, targets):
-        """idx, targets (B, T) -> the mean cross-entropy (train.py adds the depth penalty) and the gates (L, B, T)."""
+        """idx, targets (B, T) -> the mean cross-entropy and the gates (L, B, T)."""
         logits, gates = self(idx)
         return token_loss(logits, targets).sum() / (targets >= 0).sum(), gates
 
@@ -241,6 +241,10 @@ class TSA(Transformer):
             gates.append(gate)
         return self.head(self.ln_f(x)), torch.stack(gates)
 
+    def depth_loss(self, gates):
+        """The paper's depth loss: gates (L, B, T) -> the mean gate of blocks 1, 2, ... train.py adds it `lam` times."""
+        return gates[1:].mean()
+
 
 class Exit(Transformer):
     """
@@ -258,7 +262,8 @@ class Exit(Transformer):
             return super().forward(idx)
         first, *others = self.blocks
         gate = torch.ones(idx.shape, device=idx.device)         # 1 until the token exits
-        x, gates, logits = first(self.embed(idx)), [gate], 0    # no prediction after block 0
+        x, gates, logits = first(self.embed(idx)), [gate], 0
+        # No token exits after block 0: exit_norms[0] serves only in training.
         for block, norm in zip(others, [*self.exit_norms[1:], self.ln_f]):
             x = block(x, gate, sparse)
             gates.append(gate)
@@ -295,8 +300,8 @@ def load_checkpoint(path):
     model = MODELS[config.model](config)
     try:
         model.load_state_dict(state)
-    except RuntimeError:
-        raise ValueError(f"{path} does not fit the model {config.model} in tsa.py") from None
+    except RuntimeError as error:       # it lists the weights, on several lines
+        raise ValueError(f"{path} does not fit tsa.py: {' '.join(str(error).split())}") from None
     return model.eval(), saved
 
 
@@ -314,13 +319,9 @@ def multiply_adds(config, ran, T=None):
     return total
 
 
-def savings(config, ran, T=None):
-    """
-    The shares saved relative to a plain model with as many layers: of the token-layer operations (one token running one
-    block; the paper's unit), and of the multiply-adds (negative if the overhead exceeds the saving).
-    """
-    plain = multiply_adds(replace(config, model="plain"), [1] * len(ran), T)
-    return 1 - sum(ran) / len(ran), 1 - multiply_adds(config, ran, T) / plain
+def saving(config, ran, T=None):
+    """The share of a plain model's multiply-adds that skipping saves (negative if the routers cost more)."""
+    return 1 - multiply_adds(config, ran, T) / multiply_adds(replace(config, model="plain"), [1] * len(ran), T)
 
 
 @torch.inference_mode()
