@@ -23,7 +23,7 @@ import data
 import sample
 import train
 import tsa
-from tsa import GATES, MODELS, TSA, Config, Router, generate, load_checkpoint, savings, token_loss
+from tsa import GATES, MODELS, TSA, Config, Router, generate, load_checkpoint, saving, token_loss
 
 HERE = Path(__file__).resolve().parent
 TEXT = "The quick brown fox jumps over the lazy dog.\n" * 302

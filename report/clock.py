@@ -4,42 +4,34 @@ Measure what skipping saves in wall-clock time:
     python -m report.clock report/python-skip.pt --layers 12 9 --csv report/clock.csv
     python -m report.clock --n_embd 256 --layers 6 3 --csv report/clock.csv
 
-Plain models with the given numbers of layers and the sparse model take turns in one process, in float32, on text of
-the validation split. Prefill processes whole windows; decode processes the second half of each token by token. Without
-a checkpoint, text and weights are random, and gates are open at random with the probabilities SHARES. `predicted` is
-the speed-up that the saved multiply-adds alone would give.
+Plain models with the given numbers of layers and the sparse models take turns in one process, in float32, on text of
+the validation split. Prefill processes whole windows, decode continues the first half of each. Without a checkpoint,
+text and weights are random, and gates are open at random with the probabilities SHARES. `predicted` is the speed-up
+that the saved multiply-adds alone would give.
 """
 import argparse
 import csv
 import statistics
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import data
-from tsa import GATES, MODELS, Config, load_checkpoint, multiply_adds
+from tsa import GATES, MODELS, Config, generate, load_checkpoint, multiply_adds
 
 WORKS = ("prefill 64", "prefill 8", "prefill 1", "decode 8", "decode 1")        # and the batch size
 SHARES = (0.726, 0.5, 0.3)      # 0.726 is the mean gate that the paper reports on Tiny-Shakespeare
 
 
-def decode(model, idx):
-    """Return a function that decodes the second half of idx (B, T) token by token, with the first half cached."""
-    half, width = idx.size(1) // 2, 2 * model.config.n_embd
-    caches = [model.wte.weight.new_empty(*idx.shape, width) for _ in model.blocks]
-
-    def run(parts, length):     # in each cache, `length` tokens are kept
-        for block, cache in zip(model.blocks, caches):
-            block.attn.cache = [cache, length]
-        gates = [model(part, sparse=True)[1] for part in parts]
-        for block in model.blocks:
-            block.attn.cache = None
-        return torch.cat(gates, dim=2)
-
-    run([idx[:, :half]], 0)
-    return lambda: run(idx[:, half:].split(1, dim=1), half)
+def gates_of(model, work, idx):
+    """Do the work on windows idx (B, T). Return the gates of the tokens that it ran, (L, B, n)."""
+    if work == "prefill":
+        return model(idx, sparse=True)[1]
+    half = idx.size(1) // 2
+    return torch.stack([gates for _, gates in generate(model, idx[:, :half], half, temperature=0)], dim=2)
 
 
 def seconds_of(call, device):
@@ -57,26 +49,25 @@ def clock(models, text, work, B, seconds, device):
     median time of a prefill or of decoding a token, and the median of its speed-ups over the first model.
     """
     idx, T = text.repeat(int(B) // len(text) + 1, 1)[:int(B)], text.size(1)
-    calls = [decode(model, idx) if work == "decode" else lambda model=model: model(idx, sparse=True)[1]
-             for model in models.values()]
+    calls = [partial(gates_of, model, work, idx) for model in models.values()]
     shares = [(call() != 0).double().mean((1, 2)).tolist() for call in calls]           # also the warm-up
+    products = [multiply_adds(model.config, ran, T) for model, ran in zip(models.values(), shares)]
     rounds, end = [], time.perf_counter() + seconds
     while len(rounds) < 3 or time.perf_counter() < end:
         rounds.append([seconds_of(call, device) for call in calls])
-    rows, all_times, steps = [], list(zip(*rounds)), T - T // 2 if work == "decode" else 1
-    products = [multiply_adds(model.config, ran, T) for model, ran in zip(models.values(), shares)]
-    for name, ran, times, product in zip(models, shares, all_times, products):
-        low, median, high = (1000 * t / steps for t in statistics.quantiles(times, n=4))
-        rows.append(dict(work=work, batch=B, gates=name, open=sum(ran[1:]) / max(len(ran) - 1, 1), ms=median,
-                         ms_low=low, ms_high=high, predicted=products[0] / product,
-                         speedup=statistics.median(first / own for first, own in zip(all_times[0], times))))
+    rows, (baseline, *_) = [], zip(*rounds)
+    for name, ran, times, product in zip(models, shares, zip(*rounds), products):
+        ms = 1000 * statistics.median(times) / (T // 2 if work == "decode" else 1)
+        speedup = statistics.median(first / own for first, own in zip(baseline, times))
+        rows.append(dict(work=work, batch=B, gates=name, open=sum(ran[1:]) / max(len(ran) - 1, 1), ms=ms,
+                         predicted=products[0] / product, speedup=speedup))
     return rows
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser()
     add = parser.add_argument
-    add("ckpt", type=Path, nargs="?", help="time this model (default: random weights and gates)")
+    add("ckpts", type=Path, nargs="*", help="time these models, all of one size (default: random weights and gates)")
     add("--layers", type=int, nargs="+", required=True, help="layers of the plain models; the first is the baseline")
     add("--n_embd", type=int, default=256, help="width of the random weights (default: 256, the paper's)")
     add("--works", choices=WORKS, nargs="+", default=WORKS, help="what to time, with the batch size (default: all)")
@@ -85,28 +76,27 @@ def main(argv=None):
     add("--csv", type=Path, required=True, help="file to which the rows are appended")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
-    if args.ckpt:
-        model, saved = load_checkpoint(args.ckpt)
-        config, own = model.config, {model.config.gate: model}
+    own, config = {}, Config(n_head=8, n_embd=args.n_embd, block_size=256)
+    text = torch.randint(config.vocab_size, (64, config.block_size))
+    for path in args.ckpts:
+        own[str(path)], saved = load_checkpoint(path)
+        config = own[str(path)].config
         text = data.load(saved["flags"]["data"]).windows("val", config.block_size)[0]
-    else:
-        config, own = Config(n_head=8, n_embd=args.n_embd, block_size=256), {}
-        text = torch.randint(config.vocab_size, (64, config.block_size))
-        for share in SHARES:
-            gate = f"random {share}"
-            GATES[gate] = (None, lambda scale, share=share: (torch.rand_like(scale) < share).float())
-            own[gate] = MODELS["tsa"](replace(config, gate=gate))
+    for share in () if args.ckpts else SHARES:
+        gate = f"random {share}"
+        GATES[gate] = (None, lambda scale, share=share: (torch.rand_like(scale) < share).float())
+        own[gate] = MODELS["tsa"](replace(config, gate=gate))
     models = {f"plain {n}": MODELS["plain"](replace(config, model="plain", n_layer=n)) for n in args.layers} | own
     models = {name: model.to(args.device).eval() for name, model in models.items()}
-    name = args.ckpt or f"random weights, width {config.n_embd}"
     for work in args.works:
         rows = clock(models, text.to(args.device), *work.split(), args.seconds, args.device)
+        about = dict(n_embd=config.n_embd, device=args.device, threads=torch.get_num_threads())
         with open(args.csv, "a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, ["model", "device", "threads", *rows[0]])
+            writer = csv.DictWriter(file, [*about, *rows[0]])
             if file.tell() == 0:        # a new file
                 writer.writeheader()
             for row in rows:
-                writer.writerow({"model": name, "device": args.device, "threads": torch.get_num_threads()} | row)
+                writer.writerow(about | row)
                 print(*row.values())
 
 

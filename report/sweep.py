@@ -5,22 +5,19 @@ Find the best lambda of a gate design, print its row of the leaderboard, and dra
     python -m report.sweep --gate half --preset deep        on Python's sources (hours)
     python -m report.sweep --model plain --n_layer 3        a model without gates: no lambda, no limit
 
-Further flags are those of train.py. All designs follow one rule. With seed 0, lambda triples until the sparse loss
-exceeds the limit: 0.01 on chains; on text, 0.5% above the plain model of the same seed (as in the paper's abstract).
-Of the settings within the limit, the one with the fewest blocks per token makes the row if fresh seeds (1, 2 and 3) stay
-within it, too; otherwise, the next one is tried. The same command continues a sweep that was stopped, and uses finished
-runs again unless the code has changed.
+All designs follow one rule. With seed 0, lambda triples until the sparse loss exceeds the limit: 0.01 on chains; on
+text, as in the paper's abstract, 0.5% above the plain model of the same seed. Of the settings within the limit, the one
+with the fewest blocks per token makes the row if fresh seeds (1, 2 and 3) stay within it, too; otherwise, the next one
+is tried. The same command continues a sweep that was stopped, and uses finished runs again unless the code has changed.
 """
 import argparse
-import contextlib
 import itertools
 import json
-import math
-import re
 import shutil
 import statistics
 import time
 import zlib
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 import data
@@ -35,34 +32,30 @@ CODE = b"".join(Path(module.__file__).read_bytes() for module in (tsa, train, da
 
 
 class Sweep:
-    """The runs of a design with the given flags. Its plain models share those that are not part of a design."""
-
     def __init__(self, preset, flags, n_seeds):
         self.preset, self.flags, self.seeds = preset, flags, range(1, n_seeds + 1)
-        self.shared = [flag for flag in flags if flag[2:].partition("=")[0] not in DESIGN]
-        (self.first_lam, self.minutes), self.plain, self.left = PRESETS[preset], {}, 0      # plain models by seed
+        self.shared = [flag for flag in flags if flag[2:].partition("=")[0] not in DESIGN]      # by its plain models
+        (self.first_lam, self.minutes), self.plain, self.left = PRESETS[preset], {}, 0          # plain rows by seed
 
     def run(self, flags, seed):
         """Train a run, unless it is finished. Return its flags and scores; the loss of one that diverged is nan."""
-        flags, began = [*flags, f"--seed={seed}"], time.perf_counter()
-        name = f"preset={self.preset}-{'-'.join(flag[2:].replace('/', '_') for flag in flags)}"
-        folder = Path(f"out/sweep-{zlib.crc32(CODE):08x}", name)
+        flags, began = [f"--preset={self.preset}", *flags, f"--seed={seed}"], time.perf_counter()
+        folder = Path(f"out/sweep-{zlib.crc32(CODE):08x}", "-".join(flag[2:].replace("/", "_") for flag in flags))
         if not (folder / "result.json").exists():
             resumes = (folder / "ckpt.pt").exists()
             if not resumes:
                 shutil.rmtree(folder, ignore_errors=True)       # stopped before its first checkpoint
             folder.parent.mkdir(parents=True, exist_ok=True)
             print(f"{'resuming' if resumes else 'training'} {folder} (progress: {folder}.log)", flush=True)
-            with (open(f"{folder}.log", "a") as log, contextlib.redirect_stdout(log),
-                  contextlib.suppress(FloatingPointError)):
-                train.main([f"--preset={self.preset}", *flags, f"--{'resume' if resumes else 'out_dir'}={folder}"])
+            with open(f"{folder}.log", "a") as log, redirect_stdout(log), suppress(FloatingPointError):
+                train.main([*flags, f"--{'resume' if resumes else 'out_dir'}={folder}"])
             self.minutes = (time.perf_counter() - began) / 60
-        row = {"seed": seed, "val_loss_sparse": math.nan, "blocks": math.nan}
+        row = {"seed": seed, "val_loss_sparse": float("nan"), "blocks": float("nan")}
         if (folder / "result.json").exists():
             row = json.loads((folder / "result.json").read_text())
         self.left -= 1
-        print(f"  {' '.join(flags)}: sparse loss {row['val_loss_sparse']:.4f}, {row['blocks']:.2f} blocks per token; "
-              f"at most {self.left} more runs, {self.left * self.minutes:.0f} min", flush=True)
+        print(f"  {' '.join(flags[1:])}: loss {row['val_loss_sparse']:.4f}, {row['blocks']:.2f} blocks per token. "
+              f"At most {self.left} more runs, {self.left * self.minutes:.0f} min", flush=True)
         return row
 
     def fits(self, row):
@@ -81,10 +74,11 @@ class Sweep:
         gated, text = not any(flag.startswith("--model=") for flag in self.flags), self.preset != "chain"
         fresh = len(self.seeds) * (1 + (gated and text))        # on text, a plain model for each seed, too
         self.left = fresh + gated * (N_LAMS + text)
-        print(f"at most {self.left} runs, {self.left * self.minutes} min; {fresh} more if a fresh seed fails", flush=True)
+        print(f"at most {self.left} runs, {self.left * self.minutes} min ({fresh} more if a fresh seed fails)")
         if not gated:
             return self.flags, [self.run(self.flags, seed) for seed in self.seeds]
-        flags = [[*self.flags, f"--lam={self.first_lam * 3 ** k:.1g}"] for k in range(N_LAMS)]
+        lams = [float(f"{self.first_lam * 3 ** k:.1g}") for k in range(N_LAMS)]
+        flags = [[*self.flags, f"--lam={lam:g}"] for lam in lams]
         passed = itertools.takewhile(self.fits, (self.run(flags[k], 0) for k in range(N_LAMS)))
         for _, k in sorted((row["blocks"], k) for k, row in enumerate(passed)):
             self.left = fresh
@@ -114,12 +108,13 @@ def main(argv=None):
     sweep = Sweep(args.preset, flags, args.seeds)
     flags, rows = sweep.best()
     blocks, loss = ([row[name] for row in rows] for name in ("blocks", "val_loss_sparse"))
-    print(f"the row of the leaderboard:\n`{' '.join(flags)}`|{statistics.mean(blocks):.2f} ± "
-          f"{statistics.stdev(blocks):.2f}|{statistics.mean(loss):.4f}")
-    if others := [flag for flag in sweep.shared if not re.match("--(device|dtype)=", flag)]:
+    design = " ".join(flags).replace("=", " ")
+    print(f"the row of the leaderboard:\n`{design}`|{statistics.mean(blocks):.2f} ± {statistics.stdev(blocks):.2f}|"
+          f"{statistics.mean(loss):.4f}")
+    if others := [flag for flag in sweep.shared if not flag.startswith(("--device", "--dtype"))]:
         print(f"not comparable with the leaderboard, because of {' '.join(others)}")
     if args.svg:
-        plot.draw(args.svg, args.preset, " ".join(flags), rows, sweep.plain)
+        plot.draw(args.svg, args.preset, design, rows, sweep.plain)
 
 
 if __name__ == "__main__":
