@@ -110,7 +110,7 @@ class Attention(nn.Module):
         q = q.view(B, T, self.n_head, -1).transpose(1, 2)                       # (B, nh, T, hs)
         k, v = kv.view(B, -1, 2, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, nh, S, hs) each
         dropout_p = self.dropout if self.training else 0.0
-        # A single query is that of the newest token, which attends to all S keys; otherwise, S = T.
+        # A single query comes from the newest token, which attends to all S keys; otherwise, S = T.
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=T > 1)
         y = y.transpose(1, 2).flatten(2)                                        # (B, T, C)
         return self.proj(y if rows is None else y[rows])
@@ -242,7 +242,7 @@ class TSA(Transformer):
         return self.head(self.ln_f(x)), torch.stack(gates)
 
     def depth_loss(self, gates):
-        """The paper's depth loss: gates (L, B, T) -> the mean gate of blocks 1, 2, ... train.py adds it `lam` times."""
+        """The paper's depth loss, which `lam` weighs: gates (L, B, T) -> the mean gate of blocks 1, 2, ..."""
         return gates[1:].mean()
 
 
@@ -263,7 +263,7 @@ class Exit(Transformer):
         first, *others = self.blocks
         gate = torch.ones(idx.shape, device=idx.device)         # 1 until the token exits
         x, gates, logits = first(self.embed(idx)), [gate], 0
-        # No token exits after block 0: exit_norms[0] serves only in training.
+        # No token exits after block 0: there is no prediction yet, and exit_norms[0] serves only in training.
         for block, norm in zip(others, [*self.exit_norms[1:], self.ln_f]):
             x = block(x, gate, sparse)
             gates.append(gate)

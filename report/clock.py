@@ -4,10 +4,9 @@ Measure what skipping saves in wall-clock time:
     python -m report.clock report/python-skip.pt --layers 12 9 --csv report/clock.csv
     python -m report.clock --n_embd 256 --layers 6 3 --csv report/clock.csv
 
-Plain models with the given numbers of layers and the sparse models take turns in one process, in float32, on text of
-the validation split. Prefill processes whole windows, decode continues the first half of each. Without a checkpoint,
-text and weights are random, and gates are open at random with the probabilities SHARES. `predicted` is the speed-up
-that the saved multiply-adds alone would give.
+Plain models and sparse ones take turns, in float32. Prefill processes whole windows of the validation split, decode
+continues the first half of each. Without a checkpoint, text and weights are random, and SHARES of the gates are open.
+`predicted` is the speed-up that the saved multiply-adds alone would give.
 """
 import argparse
 import csv
@@ -31,7 +30,8 @@ def gates_of(model, work, idx):
     if work == "prefill":
         return model(idx, sparse=True)[1]
     half = idx.size(1) // 2
-    return torch.stack([gates for _, gates in generate(model, idx[:, :half], half, temperature=0)], dim=2)
+    torch.manual_seed(0)        # each round decodes the same text
+    return torch.stack([gates for _, gates in generate(model, idx[:, :half], half)], dim=2)
 
 
 def seconds_of(call, device):
@@ -44,10 +44,7 @@ def seconds_of(call, device):
 
 @torch.inference_mode()
 def clock(models, text, work, B, seconds, device):
-    """
-    Time one kind of work on B windows of text (n, T). Return a row for each of `models` (name: model): `ms`, the
-    median time of a prefill or of decoding a token, and the median of its speed-ups over the first model.
-    """
+    """Time work on B windows of text (n, T). Return a row per model: median times, speed-ups over the first model."""
     idx, T = text.repeat(int(B) // len(text) + 1, 1)[:int(B)], text.size(1)
     calls = [partial(gates_of, model, work, idx) for model in models.values()]
     shares = [(call() != 0).double().mean((1, 2)).tolist() for call in calls]           # also the warm-up

@@ -28,7 +28,7 @@ MARKS = {       # label: color, mark, runs in the left and in the right panel
     "early exit": ("C1", "s", "model=exit", "model=exit"),
     "skip": ("C5", "P", "gate=skip-lam=0.01", "gate=skip-lam=0.001"),
     "stretch": ("C2", "^", "gate=stretch-lam=0.3", "gate=stretch-lam=0.001"),
-    "straight": ("C0", "v", "gate=straight-lam=0.09", "gate=straight-lam=0.01"),
+    "straight": ("C0", "v", "gate=straight-lam=0.3", "gate=straight-lam=0.001"),
     "straight --halt": ("C4", "D", "gate=straight-halt-lam=0.03", "gate=straight-halt-lam=0.001")}
 
 
@@ -49,10 +49,7 @@ def blocks_needed(text):
 
 @torch.no_grad()
 def score(folder, about):
-    """
-    Return the rows of a run of a sweep: on the validation split, and on data that chose nothing (the test split, or
-    puzzles from another random seed). A skip gate is trained like the paper's, so such a run has a row of that, too.
-    """
+    """Return a run's rows, on validation and unseen data. A skip gate is trained like the paper's: one more row."""
     model, saved = load_checkpoint(folder / "ckpt.pt")
     flags, T, gate, rows = saved["flags"], model.config.block_size, model.config.gate, []
     corpus, chains = data.load(flags["data"]), flags["data"] == "chain"
@@ -61,7 +58,8 @@ def score(folder, about):
     for split, model.config.gate in (("val", gate), ("test", gate), ("val", "soft"))[:3 if gate == "skip" else 2]:
         idx, targets = val if split == "val" else unseen
         run = folder.name.partition("-seed=")[0].replace("gate=skip", f"gate={model.config.gate}")
-        row = {"family": flags["preset"], "run": run, "split": split, "variant": ""} | about | flags | vars(model.config)
+        row = {"family": flags["preset"], "run": run, "split": split, "variant": ""} | about
+        row |= flags | vars(model.config)
         row |= result if (split, model.config.gate) == ("val", gate) else train.score(model, idx, targets)
         if chains:
             logits, opened = model(idx, sparse=True)
@@ -97,16 +95,13 @@ def interval(values):
 
 
 def against_plain(rows, others):
-    """
-    By how much the sparse loss of each row differs from plain models of the same seed, interpolated to the same number
-    of multiply-adds. A seed without a plain model that needs as few is left out.
-    """
+    """The sparse loss of each row minus that of plain models of its seed, interpolated to equal multiply-adds."""
     differences = []
     for row in rows:
         points = sorted((other["cost"], other["val_loss_sparse"]) for other in others
                         if (other["model"], other["variant"]) == ("plain", "")
                         and all(other[key] == row[key] for key in ("family", "split", "seed")))
-        if points and points[0][0] <= row["cost"] <= points[-1][0] == 1:
+        if points and points[0][0] <= row["cost"] <= points[-1][0] == 1:        # never extrapolated
             differences.append(row["val_loss_sparse"] - np.interp(row["cost"], *zip(*points)))
     return differences
 
@@ -127,10 +122,7 @@ def table(rows):
 
 
 def draw(path, preset="chain", label="", own=(), own_plain=None):
-    """
-    Draw loss against computation: blocks per token on chains, multiply-adds on text. A star marks `own` rows of a
-    preset, on text relative to `own_plain` (rows by seed). Raise ImportError without matplotlib.
-    """
+    """Draw the figure. A star marks `own` rows of a preset, on text relative to plain rows by seed, `own_plain`."""
     from matplotlib.figure import Figure
     groups, figure = group(read_csv()), Figure(figsize=(9, 4.5), layout="constrained")
     axes = dict(zip(("chain", "deep"), figure.subplots(1, 2)))

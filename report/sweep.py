@@ -77,8 +77,7 @@ class Sweep:
         print(f"at most {self.left} runs, {self.left * self.minutes} min ({fresh} more if a fresh seed fails)")
         if not gated:
             return self.flags, [self.run(self.flags, seed) for seed in self.seeds]
-        lams = [float(f"{self.first_lam * 3 ** k:.1g}") for k in range(N_LAMS)]
-        flags = [[*self.flags, f"--lam={lam:g}"] for lam in lams]
+        flags = [[*self.flags, f"--lam={float(f'{self.first_lam * 3 ** k:.1g}'):g}"] for k in range(N_LAMS)]
         passed = itertools.takewhile(self.fits, (self.run(flags[k], 0) for k in range(N_LAMS)))
         for _, k in sorted((row["blocks"], k) for k, row in enumerate(passed)):
             self.left = fresh

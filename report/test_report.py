@@ -4,6 +4,7 @@ import html
 import json
 import re
 import sys
+import time
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -17,8 +18,6 @@ from report import clock, plot, sweep
 from test_tsa import HERE, fit, folder          # noqa: F401
 from tsa import load_checkpoint
 
-README, REPORT = ((HERE / name).read_text(encoding="utf-8") for name in ("README.md", "report/README.md"))
-
 @pytest.fixture
 def trained(monkeypatch):
     """Fake training: a list of the runs, and a dictionary of losses by run (or of what it raises); others reach 0.001."""
@@ -29,13 +28,13 @@ def trained(monkeypatch):
         args.out_dir.mkdir()
         if isinstance(loss := losses.get(run, 0.001), BaseException):
             raise loss
-        result = {"seed": args.seed, "val_loss_sparse": loss, "blocks": 1 + 0.01 / args.lam}       # fewer with larger lambda
+        result = {"seed": args.seed, "val_loss_sparse": loss, "blocks": 1 + 0.01 / args.lam}
         (args.out_dir / "result.json").write_text(json.dumps(result))
     monkeypatch.setattr(train, "main", main)
     return runs, losses
 
 def test_sweep_follows_its_rule(trained, capsys):
-    """Lambda triples until seed 0 fails. Fresh seeds decide; if one fails, the setting with the next fewest blocks does."""
+    """Lambda triples until seed 0 fails. Fresh seeds decide; if one fails, the setting with the next fewest blocks."""
     runs, losses = trained
     losses |= {("tsa", 0.3, 0): FloatingPointError("diverged"), ("tsa", 0.09, 0): 0.01, ("tsa", 0.09, 3): 0.007}
     sweep.main(["--gate", "straight", "--halt"])
@@ -75,45 +74,105 @@ def test_same_command_continues_a_sweep_unless_the_code_has_changed(trained, mon
     assert len(runs) == 11 + 5
 
 @pytest.fixture
-def figure(monkeypatch):
-    """Fake matplotlib: its figure, which draws nothing."""
-    module = MagicMock()
+def panels(monkeypatch):
+    """Fake matplotlib: the panels of its figure, which draw nothing. It cannot save into a missing folder."""
+    module, panels = MagicMock(), (MagicMock(), MagicMock())
+    module.figure.Figure.return_value.subplots.return_value = panels
+    module.figure.Figure.return_value.savefig = lambda path, **_: Path(path).touch()
     monkeypatch.setitem(sys.modules, "matplotlib", module)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", module.figure)
-    module.figure.Figure.return_value.subplots.return_value = MagicMock(), MagicMock()
-    return module.figure.Figure.return_value
+    return panels
 
 @pytest.mark.parametrize("flags", ["--lam 5", "--lam=5", "--lam_ramp 0", "--seed=1", "--out_dir x", "--gate nosuch",
                                    "--svg no/x.svg", "--svg x.svg --preset laptop"])
-def test_sweep_notices_mistakes_before_the_first_run(flags, trained, figure, capsys):
+def test_sweep_notices_mistakes_before_the_first_run(flags, trained, panels, capsys):
     """It takes 20 minutes, or hours."""
-    figure.savefig.side_effect = OSError("No such file or directory")
     with pytest.raises(SystemExit):
         sweep.main(flags.split())
     assert " error: " in capsys.readouterr().err and not trained[0]
 
-def test_figure_shows_the_readers_row(trained, figure):
-    """As a star with the design's name, at its blocks per token and loss."""
+def test_figure_shows_the_readers_row(trained, panels):
+    """A star at its means; on text, its loss is relative to plain models of the same sweep and seed."""
     sweep.main(["--gate=skip", "--svg=x.svg"])
-    left, right = figure.subplots.return_value
-    star = left.errorbar.call_args
+    star = panels[0].errorbar.call_args
     assert star.args == (pytest.approx(1 + 0.01 / 20), 0.001) and star.kwargs["label"] == "--gate skip --lam 20"
-    assert left.errorbar.call_count == 2 * (5 + 6) + 1 and figure.savefig.call_args.args == ("x.svg",)
+    size = {"model": "plain", "n_layer": 6, "n_embd": 128, "block_size": 64, "vocab_size": 166, "blocks": 6}
+    plain = {seed: size | {"seed": seed, "val_loss": 1.0 + seed} for seed in (1, 2)}
+    plot.draw("x.svg", "deep", "half", [row | {"val_loss_sparse": 1.01 * row["val_loss"]} for row in plain.values()], plain)
+    assert panels[1].errorbar.call_args.args == pytest.approx((50.43, 1.0), abs=0.01)       # % of 12 layers, % above them
 
 def test_rows_are_scored_on_validation_and_unseen_data(monkeypatch):
     """A setting must also hold on data that did not choose it. A second score of a run replaces the first."""
-    assert plot.blocks_needed("7ab4dc") == [1, 1, 2, 1, 1, 2]
-    fit("--preset chain --data chain --block_size 30 --max_iters 2 --gate skip --out_dir gate=skip-seed=0")
+    assert plot.blocks_needed("7ab4dc") == [1, 1, 2, 1, 1, 2] and plot.blocks_needed("7abcdefgh")[-1] == 4      # 8 hops
+    fit("--preset chain --data chain --block_size 30 --max_iters 2 --gate skip")
+    Path("run").rename("gate=skip-seed=0")
     monkeypatch.setattr(plot, "CSV", Path("r.csv"))
-    plot.CSV.write_bytes(before := (HERE / "report/results.csv").read_bytes())
+    plot.CSV.write_bytes((HERE / "report/results.csv").read_bytes())
+    n, (model, _), corpus = len(plot.read_csv()), load_checkpoint("gate=skip-seed=0/ckpt.pt"), data.chain(seed=1)
     for _ in range(2):
         plot.main(["gate=skip-seed=0", "--about", "commit=abc"])
-    *old, soft, soft_unseen, skip, unseen = plot.read_csv()
-    assert len(old) == before.count(b"\n") - 1 and (soft["run"], skip["run"]) == ("gate=soft", "gate=skip")
-    (model, _), corpus = load_checkpoint("gate=skip-seed=0/ckpt.pt"), data.chain(seed=1)
+    *old, val, unseen, soft = plot.read_csv()
+    assert len(old) == n and (val["run"], unseen["split"], soft["run"]) == ("gate=skip", "test", "gate=soft")
+    assert val["val_loss"] == soft["val_loss"] and val["val_loss_sparse"] != soft["val_loss_sparse"]
     idx, targets = corpus.windows("val", 30)
     logits, gates = model(idx, sparse=True)
-    blocks, needed = (gates != 0).sum(0), torch.tensor([plot.blocks_needed([corpus.vocab[i] for i in row]) for row in idx])
+    needed = torch.tensor([plot.blocks_needed([corpus.vocab[i] for i in text]) for text in idx])
     assert unseen["accuracy"] == pytest.approx((logits.argmax(-1) == targets).double().mean().item())
-    assert unseen["exact"] == pytest.approx((blocks == needed)[needed > 1].double().mean().item())
-    assert unseen["blocks"] == pytest.approx(blocks.double().mean().item()) and unseen["cost"] == plot.cost(unseen)
+    assert unseen["exact"] == pytest.approx(((gates != 0).sum(0) == needed)[needed > 1].double().mean().item())
+    assert unseen["blocks"] == pytest.approx((gates != 0).double().mean((1, 2)).sum().item()) and unseen["cost"] == plot.cost(unseen)
+
+def test_models_are_compared_at_equal_multiply_adds_with_their_own_seed():
+    """Seeds differ by more than models do, so only paired differences say anything. Seed 0 has chosen lambda."""
+    t = plot.T_95[3]        # with 2 degrees of freedom, Student's t has a closed form
+    assert 0.5 + t / 2 / (2 + t * t) ** 0.5 == pytest.approx(0.975, abs=1e-5)
+    assert plot.interval([1.0, 2.0, 6.0]) == pytest.approx(t * 7 ** 0.5 / 3 ** 0.5)
+    def row(run, seed, cost, loss, **settings):
+        return dict(run=run, family="a", split="val", seed=seed, cost=cost, val_loss_sparse=loss, model="tsa", variant="") | settings
+    plain = [row("p", seed, cost, loss + seed, model="plain") for cost, loss in ((1, 1.0), (0.8, 1.1)) for seed in (0, 1)]
+    others = [other | changed for other in plain for changed in ({"split": "test"}, {"family": "b"}, {"variant": "x"})]
+    ours = [row("a-lam=1", 0, 0.9, 1.0), row("a-lam=1", 1, 0.8, 2.5), row("a-lam=1", 1, 0.7, 2.5), row("a-lam=1", 2, 1.0, 2.5)]
+    assert plot.against_plain(ours, plain + [row | {"val_loss_sparse": 9.0} for row in others]) == pytest.approx([-0.05, 0.4])
+    assert plot.group(ours)["a-lam=1", "val"] == ours[1:] and len(plot.group(ours[:1] + plain)) == 2
+
+def test_numbers_on_the_pages_are_those_of_results_and_clock():
+    """A table that drifts away from its rows costs a reader's trust."""
+    readme, report = ((HERE / name).read_text(encoding="utf-8") for name in ("README.md", "report/README.md"))
+    lines = plot.table(rows := plot.read_csv())
+    cells = {"1.4422", "1.4482"} | {cell for line in lines for cell in line}        # of the paper; means over seeds
+    cells |= {f"{row[name]:.4f}" for row in rows for name in ("val_loss", "val_loss_sparse")}
+    used = set(re.findall(r"[+-]?\d\.\d{4} ± \d\.\d{4}|\d\.\d\d ± \d\.\d\d|\d+\.\d% ± \d+\.\d%|\b1\.\d{4}\b", readme + report))
+    assert len(rows) > 500 and len(used) > 60 and not used - cells, used - cells
+    leaderboard = re.findall(r"^`--(.*)`\|(.*)\|(.*)$", readme, flags=re.MULTILINE)
+    found = {line[0]: (line[5], line[4].split()[0]) for line in lines if line[1] == "val"}
+    for flags, *numbers in leaderboard:
+        assert found["preset=chain-" + flags.replace(" --", "-").replace(" ", "=")] == tuple(numbers)
+    assert len(leaderboard) > 3
+    with open(HERE / "report/clock.csv", newline="") as file:
+        ratios = {f"{float(row['speedup']):.2f} ({float(row['predicted']):.2f})" for row in csv.DictReader(file)}
+    used = set(re.findall(r"\d\.\d\d \(\d\.\d\d\)", report))
+    assert len(used) > 20 and not used - ratios, used - ratios
+
+def test_maps_on_the_page_are_what_sample_prints(capsys):
+    """The pictures are the first thing that a reader sees."""
+    sample.main([str(HERE / "report/chain.pt"), "--device=cpu"])
+    assert f"$ python sample.py report/chain.pt\n{capsys.readouterr().out.strip()}\n" in (HERE / "README.md").read_text("utf-8")
+    sample.main([str(HERE / "report/python-skip.pt"), "--map", "--device=cpu"])
+    picture = html.unescape(re.sub(r"<[^>]*>", "", (HERE / "report/map.svg").read_text("utf-8")))
+    for line in capsys.readouterr().out.splitlines():
+        assert "".join(line.split()) in re.sub(r"\s", "", picture)
+
+def test_clock_times_what_it_says(monkeypatch, capsys):
+    """The models take turns, and `predicted` is what their multiply-adds promise."""
+    assert clock.seconds_of(lambda: time.sleep(0.01), "cpu") >= 0.01
+    times = iter([4.0, 2.0, 1.0, 8.0, 2.0, 1.0, 9.0, 3.0, 3.0] * 5)
+    monkeypatch.setattr(clock, "seconds_of", lambda call, device: call() is None or next(times))
+    clock.main([str(HERE / "report/chain.pt"), *"--layers 6 3 --device cpu --seconds 0 --csv c.csv".split()])
+    with open("c.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["speedup"]) for row in rows[:3]] == [1, 3, 4] and rows[-1]["gates"].endswith("chain.pt")
+    assert float(rows[0]["ms"]) == 8000 and float(rows[12]["ms"]) == 8000 / 15       # 15 tokens in a round
+    assert float(rows[1]["predicted"]) == pytest.approx(1 / 0.504, abs=0.01) and 0.05 < float(rows[2]["open"]) < 0.15
+    monkeypatch.undo()
+    clock.main(["--works", "prefill 1", *"--layers 2 --n_embd 16 --device cpu --seconds 0 --csv r.csv".split()])
+    with open("r.csv", newline="") as file:
+        assert [float(row["open"]) for row in csv.DictReader(file)] == pytest.approx([1, *clock.SHARES], abs=0.1)
