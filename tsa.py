@@ -313,7 +313,7 @@ def multiply_adds(config, ran, T=None):
     # those that run a block: query and output projection (1 C^2 each), and feed-forward (8 C^2).
     total = L * (2 * C * C + T / 2 * 2 * C) + sum(ran) * 10 * C * C + head
     if config.model == "exit":
-        total += (L - 2) * head                             # predictions after blocks 1 to L - 2
+        total += (L - 2) * head                             # predictions after blocks 1 to L - 2, for all tokens
     elif config.model != "plain":
         total += (L - 1) * (C + 1) * max(C // 4, 16)        # routers
     return total
