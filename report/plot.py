@@ -25,9 +25,9 @@ SCORES = dict(val_loss=".4f", val_loss_sparse=".4f", blocks=".2f", cost=".1%", a
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
 MARKS = {       # label: color, mark, runs in the left and in the right panel
     "the paper's gate, rounded": ("C3", "X", "gate=soft-lam=0.01", "gate=soft-lam=0.001"),
-    "early exit": ("C1", "s", "model=exit", "model=exit"),
+    "early exit": ("C1", "s", "model=exit"),
     "skip": ("C5", "P", "gate=skip-lam=0.01", "gate=skip-lam=0.001"),
-    "stretch": ("C2", "^", "gate=stretch-lam=0.3", "gate=stretch-lam=0.001"),
+    "stretch": ("C2", "^", "gate=stretch-lam=0.8", "gate=stretch-lam=0.001"),
     "straight": ("C0", "v", "gate=straight-lam=0.3", "gate=straight-lam=0.001"),
     "straight --halt": ("C4", "D", "gate=straight-halt-lam=0.03", "gate=straight-halt-lam=0.001")}
 
@@ -79,12 +79,12 @@ def read_csv():
 
 
 def group(rows):
-    """Rows -> lists of rows that differ only in the seed, by (run, split). Seed 0, if it chose lambda, is left out."""
+    """Rows -> lists of rows that differ only in the seed, by (run, split), without a seed 0 that chose lambda."""
     groups = {}
     for row in rows:
         groups.setdefault((row["run"], row["split"]), []).append(row)
     for (run, split), found in groups.items():
-        if "-lam=" in run and len(found) > 1:
+        if "-lam=" in run and len(found) > 3:
             groups[run, split] = [row for row in found if row["seed"] > 0]
     return groups
 
@@ -141,14 +141,15 @@ def draw(path, preset="chain", label="", own=(), own_plain=None):
         axes[panel].errorbar(x, y, yerr=bar, capsize=2, lw=1, **style)
         return x, y
 
-    for panel, name, layers, line, face in (("chain", "preset=chain-model=plain", (1, 2, 3, 4, 6), "-", "0.6"),
-                                            ("deep", "preset=deep-model=plain", (6, 8, 9, 10, 12), "-", "0.6"),
-                                            ("deep", "deep-several", (8, 10, 12), "--", "white")):
-        names = [name + (str(n) if line == "--" else f"-n_layer={n}" * (n < layers[-1])) for n in layers]
-        points = [put(panel, groups[name, "val"], fmt="o", ms=5, color="0.6", mfc=face) for name in names]
-        axes[panel].plot(*zip(*points), line, color="0.6", lw=1)
+    for panel, name, layers, line, face, label_of_line in (
+            ("chain", "preset=chain-model=plain", (1, 2, 3, 4, 6), "o-", "0.6", None),
+            ("deep", "preset=deep-model=plain", (6, 8, 9, 10, 12), "o-", "0.6", "no gates, by layers"),
+            ("deep", "deep-several", (8, 10, 12), "o--", "white", "the same, a loss after every block")):
+        names = [name + (str(n) if face == "white" else f"-n_layer={n}" * (n < layers[-1])) for n in layers]
+        points = [put(panel, groups[name, "val"], color="0.6") for name in names]
+        axes[panel].plot(*zip(*points), line, color="0.6", lw=1, ms=5, mfc=face, label=label_of_line)
         for n, point in zip(layers, points):
-            offset = (5, 5) if line == "-" else (-4, -13)
+            offset = (-4, -13) if face == "white" else (-11, 3) if n == 1 else (5, 5)
             axes[panel].annotate(n, point, xytext=offset, textcoords="offset points", color="0.4")
     for design, (color, mark, *names) in MARKS.items():
         for panel, name in zip(axes, names):
