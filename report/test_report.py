@@ -162,17 +162,17 @@ def test_maps_on_the_page_are_what_sample_prints(capsys):
         assert "".join(line.split()) in re.sub(r"\s", "", picture)
 
 def test_clock_times_what_it_says(monkeypatch, capsys):
-    """The models take turns, and `predicted` is what their multiply-adds promise."""
+    """The models take turns, gates are open as asked, and `predicted` is what their multiply-adds promise."""
+    def rows(*flags):
+        clock.main([*flags, "--device=cpu", "--seconds=0", "--csv=c.csv"])
+        with open("c.csv", newline="") as file:
+            return list(csv.DictReader(file))
     assert clock.seconds_of(lambda: time.sleep(0.01), "cpu") >= 0.01
+    random = rows("--layers", "2", "--n_embd", "16", "--works", "prefill 8")
+    assert [float(row["open"]) for row in random] == pytest.approx([1, *clock.SHARES], abs=0.1)
     times = iter([4.0, 2.0, 1.0, 8.0, 2.0, 1.0, 9.0, 3.0, 3.0] * 5)
     monkeypatch.setattr(clock, "seconds_of", lambda call, device: call() is None or next(times))
-    clock.main([str(HERE / "report/chain.pt"), *"--layers 6 3 --device cpu --seconds 0 --csv c.csv".split()])
-    with open("c.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [float(row["speedup"]) for row in rows[:3]] == [1, 3, 4] and rows[-1]["gates"].endswith("chain.pt")
-    assert float(rows[0]["ms"]) == 8000 and float(rows[12]["ms"]) == 8000 / 15       # 15 tokens in a round
-    assert float(rows[1]["predicted"]) == pytest.approx(1 / 0.504, abs=0.01) and 0.05 < float(rows[2]["open"]) < 0.15
-    monkeypatch.undo()
-    clock.main(["--works", "prefill 1", *"--layers 2 --n_embd 16 --device cpu --seconds 0 --csv r.csv".split()])
-    with open("r.csv", newline="") as file:
-        assert [float(row["open"]) for row in csv.DictReader(file)] == pytest.approx([1, *clock.SHARES], abs=0.1)
+    plain6, plain3, chain, *_, decoding = rows(f"{HERE}/report/chain.pt", "--layers", "6", "3")[4:]
+    assert [float(row["speedup"]) for row in (plain6, plain3, chain)] == [1, 3, 4] and float(plain6["ms"]) == 8000
+    assert decoding["gates"].endswith("chain.pt") and float(decoding["ms"]) == 1000 / 15       # 15 tokens in a round
+    assert float(plain3["predicted"]) == pytest.approx(1 / 0.504, abs=0.01) and 0.05 < float(chain["open"]) < 0.15
