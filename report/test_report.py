@@ -20,7 +20,7 @@ from tsa import load_checkpoint
 
 @pytest.fixture
 def trained(monkeypatch):
-    """Fake training: a list of the runs, and a dictionary of losses by run (or of what it raises); others reach 0.001."""
+    """Fake training: a list of its runs, and a dictionary of losses by run, or of what it raises (default: 0.001)."""
     runs, losses = [], {}
     def main(flags):
         args = train.parse_flags(flags)[0]
@@ -98,8 +98,9 @@ def test_figure_shows_the_readers_row(trained, panels):
     assert star.args == (pytest.approx(1 + 0.01 / 20), 0.001) and star.kwargs["label"] == "--gate skip --lam 20"
     size = {"model": "plain", "n_layer": 6, "n_embd": 128, "block_size": 64, "vocab_size": 166, "blocks": 6}
     plain = {seed: size | {"seed": seed, "val_loss": 1.0 + seed} for seed in (1, 2)}
-    plot.draw("x.svg", "deep", "half", [row | {"val_loss_sparse": 1.01 * row["val_loss"]} for row in plain.values()], plain)
-    assert panels[1].errorbar.call_args.args == pytest.approx((50.43, 1.0), abs=0.01)       # % of 12 layers, % above them
+    own = [row | {"val_loss_sparse": 1.01 * row["val_loss"]} for row in plain.values()]
+    plot.draw("x.svg", "deep", "half", own, plain)
+    assert panels[1].errorbar.call_args.args == pytest.approx((50.43, 1.0), abs=0.01)      # % of 12 layers, above them
 
 def test_rows_are_scored_on_validation_and_unseen_data(monkeypatch):
     """A setting must also hold on data that did not choose it. A second score of a run replaces the first."""
@@ -119,20 +120,22 @@ def test_rows_are_scored_on_validation_and_unseen_data(monkeypatch):
     needed = torch.tensor([plot.blocks_needed([corpus.vocab[i] for i in text]) for text in idx])
     assert unseen["accuracy"] == pytest.approx((logits.argmax(-1) == targets).double().mean().item())
     assert unseen["exact"] == pytest.approx(((gates != 0).sum(0) == needed)[needed > 1].double().mean().item())
-    assert unseen["blocks"] == pytest.approx((gates != 0).double().mean((1, 2)).sum().item()) and unseen["cost"] == plot.cost(unseen)
+    assert unseen["blocks"] == pytest.approx((gates != 0).double().mean((1, 2)).sum().item())
 
 def test_models_are_compared_at_equal_multiply_adds_with_their_own_seed():
     """Seeds differ by more than models do, so only paired differences say anything. Seed 0 has chosen lambda."""
     t = plot.T_95[3]        # with 2 degrees of freedom, Student's t has a closed form
     assert 0.5 + t / 2 / (2 + t * t) ** 0.5 == pytest.approx(0.975, abs=1e-5)
     assert plot.interval([1.0, 2.0, 6.0]) == pytest.approx(t * 7 ** 0.5 / 3 ** 0.5)
-    def row(run, seed, cost, loss, **settings):
-        return dict(run=run, family="a", split="val", seed=seed, cost=cost, val_loss_sparse=loss, model="tsa", variant="") | settings
-    plain = [row("p", seed, cost, loss + seed, model="plain") for cost, loss in ((1, 1.0), (0.8, 1.1)) for seed in (0, 1)]
-    others = [other | changed for other in plain for changed in ({"split": "test"}, {"family": "b"}, {"variant": "x"})]
-    ours = [row("a-lam=1", 0, 0.9, 1.0), row("a-lam=1", 1, 0.8, 2.5), row("a-lam=1", 1, 0.7, 2.5), row("a-lam=1", 2, 1.0, 2.5)]
-    assert plot.against_plain(ours, plain + [row | {"val_loss_sparse": 9.0} for row in others]) == pytest.approx([-0.05, 0.4])
-    assert plot.group(ours)["a-lam=1", "val"] == ours[1:] and len(plot.group(ours[:1] + plain)) == 2
+    def row(model, seed, cost, loss):
+        return {"model": model, "run": f"{model}-lam=1", "family": "a", "split": "val", "variant": "", "seed": seed,
+                "cost": cost, "val_loss_sparse": loss}
+    plain = [row("plain", seed, *point) for seed in (0, 1) for point in ((1, 1.0 + seed), (0.8, 1.1 + seed))]
+    ours = [row("tsa", 0, 0.9, 1.0), row("tsa", 1, 0.8, 2.5), row("tsa", 1, 0.7, 2.5), row("tsa", 2, 1.0, 2.5)]
+    others = [other | {"val_loss_sparse": 9.0} | changed for other in plain
+              for changed in ({"split": "test"}, {"family": "b"}, {"variant": "x"})]
+    assert plot.against_plain(ours, plain + others) == pytest.approx([1.0 - 1.05, 2.5 - 2.1])       # no extrapolation
+    assert plot.group(ours)["tsa-lam=1", "val"] == ours[1:]
 
 def test_numbers_on_the_pages_are_those_of_results_and_clock():
     """A table that drifts away from its rows costs a reader's trust."""
@@ -140,12 +143,13 @@ def test_numbers_on_the_pages_are_those_of_results_and_clock():
     lines = plot.table(rows := plot.read_csv())
     cells = {"1.4422", "1.4482"} | {cell for line in lines for cell in line}        # of the paper; means over seeds
     cells |= {f"{row[name]:.4f}" for row in rows for name in ("val_loss", "val_loss_sparse")}
-    used = set(re.findall(r"[+-]?\d\.\d{4} ± \d\.\d{4}|\d\.\d\d ± \d\.\d\d|\d+\.\d% ± \d+\.\d%|\b1\.\d{4}\b", readme + report))
+    numbers = r"[+-]?\d\.\d{4} ± \d\.\d{4}|\d\.\d\d ± \d\.\d\d|\d+\.\d% ± \d+\.\d%|\b1\.\d{4}\b"
+    used = set(re.findall(numbers, readme + report))
     assert len(rows) > 500 and len(used) > 60 and not used - cells, used - cells
     leaderboard = re.findall(r"^`--(.*)`\|(.*)\|(.*)$", readme, flags=re.MULTILINE)
     found = {line[0]: (line[5], line[4].split()[0]) for line in lines if line[1] == "val"}
-    for flags, *numbers in leaderboard:
-        assert found["preset=chain-" + flags.replace(" --", "-").replace(" ", "=")] == tuple(numbers)
+    for flags, *cells in leaderboard:
+        assert found["preset=chain-" + flags.replace(" --", "-").replace(" ", "=")] == tuple(cells)
     assert len(leaderboard) > 3
     with open(HERE / "report/clock.csv", newline="") as file:
         ratios = {f"{float(row['speedup']):.2f} ({float(row['predicted']):.2f})" for row in csv.DictReader(file)}
@@ -154,8 +158,9 @@ def test_numbers_on_the_pages_are_those_of_results_and_clock():
 
 def test_maps_on_the_page_are_what_sample_prints(capsys):
     """The pictures are the first thing that a reader sees."""
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
     sample.main([str(HERE / "report/chain.pt"), "--device=cpu"])
-    assert f"$ python sample.py report/chain.pt\n{capsys.readouterr().out.strip()}\n" in (HERE / "README.md").read_text("utf-8")
+    assert f"$ python sample.py report/chain.pt\n{capsys.readouterr().out.strip()}\n" in readme
     sample.main([str(HERE / "report/python-skip.pt"), "--map", "--device=cpu"])
     picture = html.unescape(re.sub(r"<[^>]*>", "", (HERE / "report/map.svg").read_text("utf-8")))
     for line in capsys.readouterr().out.splitlines():
