@@ -107,7 +107,7 @@ def supports_bfloat16(device):
 @contextlib.contextmanager
 def precision(device, dtype):
     """The context of a training step's forward pass. On a CPU in bfloat16, the unfused attention kernel is faster."""
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)    # it may sum in bfloat16 (despite its name, on CPUs)
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)    # it may sum in bfloat16 (on CPUs, too)
     unfused = sdpa_kernel(SDPBackend.MATH) if (device, dtype) == ("cpu", "bfloat16") else contextlib.nullcontext()
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16"), unfused:
         yield
@@ -134,7 +134,7 @@ def score(model, idx, targets):
     blocks, saved = sum(ran), saving(model.config, ran, idx.size(1))
     print(f"validation loss {val_loss:.4f} full, {val_loss_sparse:.4f} sparse: a token runs {blocks:.2f} of {len(ran)} "
           f"blocks, saving {saved:.1%} of the multiply-adds ({len(idx):,} windows)")
-    # The depth loss lowers the mean gate, but only gates of exactly 0 save anything: a gate of 0.03 is open.
+    # The depth loss lowers the mean gate, but only gates of 0 save anything: a gate of 0.03 is open.
     print("  open gates", *(f"{share:.2f}" for share in ran), " (share of the tokens that ran each block)")
     return dict(val_loss=val_loss, val_loss_sparse=val_loss_sparse, blocks=blocks, saved=saved, ran=ran)
 

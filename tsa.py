@@ -17,7 +17,7 @@ Nothing is sampled. A model with gates runs in two ways:
     model(idx)                  full: every block is computed for every token, scaled by the training gates
     model(idx, sparse=True)     sparse: a token whose inference gate is 0 skips the block and keeps its x
 
-A skip saves about 80% of a block: keys, values and attention scores are still computed for every token.
+A skip saves about 80% of a block: keys, values and attention scores are computed for all tokens.
 Shapes: B sequences of T tokens, C = n_embd channels, nh heads of size hs = C / nh, V characters, L blocks. In a sparse
 pass, N of the B * T tokens run a block. S tokens per sequence have keys and values: T, or more with a cache.
 """
@@ -263,7 +263,7 @@ class Exit(Transformer):
         first, *others = self.blocks
         gate = torch.ones(idx.shape, device=idx.device)         # 1 until the token exits
         x, gates, logits = first(self.embed(idx)), [gate], 0
-        # No token exits after block 0: there is no prediction yet, and exit_norms[0] serves only in training.
+        # No token exits after block 0, so it predicts nothing: exit_norms[0] serves only in training.
         for block, norm in zip(others, [*self.exit_norms[1:], self.ln_f]):
             x = block(x, gate, sparse)
             gates.append(gate)
@@ -313,7 +313,7 @@ def multiply_adds(config, ran, T=None):
     # those that run a block: query and output projection (1 C^2 each), and feed-forward (8 C^2).
     total = L * (2 * C * C + T / 2 * 2 * C) + sum(ran) * 10 * C * C + head
     if config.model == "exit":
-        total += (L - 2) * head                             # predictions after blocks 1 to L - 2, for all tokens
+        total += (L - 2) * head                             # predictions of all tokens after blocks 1 to L - 2
     elif config.model != "plain":
         total += (L - 1) * (C + 1) * max(C // 4, 16)        # routers
     return total
