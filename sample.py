@@ -80,7 +80,7 @@ def main(argv=None):
     add("--prompt", help="text to continue or to map (default: stored in the checkpoint)")
     add("--gate", choices=GATES, help="gate design (default: the checkpoint's)")
     add("--sparse", action=argparse.BooleanOptionalAction,
-        help="skip blocks whose inference gate is 0 (default: yes, unless --gate is soft)")
+        help="skip blocks whose inference gate is 0 (default: yes, unless the gate is soft)")
     add("--max_new_tokens", type=positive, default=500, help="tokens to generate (default: 500)")
     add("--temperature", type=float, default=0.8, help="0 picks the most likely token (default: 0.8)")
     add("--top_k", type=positive, help="sample from the k most likely tokens (default: from all)")

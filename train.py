@@ -107,7 +107,7 @@ def supports_bfloat16(device):
 @contextlib.contextmanager
 def precision(device, dtype):
     """The context of a training step's forward pass. On a CPU in bfloat16, the unfused attention kernel is faster."""
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)    # it may sum in bfloat16 (on CPUs, too)
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)    # lets it sum in bfloat16 (on CPUs, too)
     unfused = sdpa_kernel(SDPBackend.MATH) if (device, dtype) == ("cpu", "bfloat16") else contextlib.nullcontext()
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16"), unfused:
         yield

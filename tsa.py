@@ -33,7 +33,7 @@ class Config:
     """The hyperparameters of a model. The defaults are small; `--preset paper` of train.py has the paper's sizes."""
     model: str = "tsa"          # a name in MODELS
     gate: str = "soft"          # tsa: a name in GATES
-    gate_bias: float = -1.0     # tsa: initial b2 of equation (3); -1 lets the gates start near 0.73
+    gate_bias: float = -1.0     # tsa: initial b2 of equation (3); -1 starts the gates near 0.73
     halt: bool = False          # tsa: multiply each gate by those before it, so that it stays 0 once it is 0
     confidence: float = 0.9     # exit: stop above this probability of the likeliest character
     vocab_size: int = 65
@@ -58,7 +58,7 @@ def binary(scale):
     return (scale >= 0.5).float()
 
 def skip(scale):
-    """Like the soft gate, but 0 for scales below 0.1."""
+    """The soft gate at inference, but 0 for scales below 0.1."""
     return scale * (scale >= 0.1)
 
 def stretch(scale):
@@ -99,7 +99,7 @@ class Attention(nn.Module):
         self.query = nn.Linear(C, C, bias=False)
         self.key_value = nn.Linear(C, 2 * C, bias=False)
         self.proj = nn.Linear(C, C, bias=False)
-        self.cache = None       # in generate(): [kv (B, block_size, 2C), the number of tokens that are set]
+        self.cache = None       # in generate(): [kv (B, block_size, 2C), the number of cached tokens]
 
     def forward(self, h, kv, rows=None):
         """h (B, T, C), keys and values kv (B, S, 2C) -> (B, T, C), or (N, C) for the N tokens of `rows` (see Block)."""
@@ -263,7 +263,7 @@ class Exit(Transformer):
         first, *others = self.blocks
         gate = torch.ones(idx.shape, device=idx.device)         # 1 until the token exits
         x, gates, logits = first(self.embed(idx)), [gate], 0
-        # No token exits after block 0, so it predicts nothing: exit_norms[0] serves only in training.
+        # No token exits after block 0, so exit_norms[0] serves only in training.
         for block, norm in zip(others, [*self.exit_norms[1:], self.ln_f]):
             x = block(x, gate, sparse)
             gates.append(gate)

@@ -49,7 +49,7 @@ def blocks_needed(text):
 
 @torch.no_grad()
 def score(folder, about):
-    """Return a run's rows, on validation and unseen data. A skip gate is trained like the paper's: one more row."""
+    """Return a run's rows, on validation and unseen data. A skip run gives one of the paper's gate, too."""
     model, saved = load_checkpoint(folder / "ckpt.pt")
     flags, T, gate, rows = saved["flags"], model.config.block_size, model.config.gate, []
     corpus, chains = data.load(flags["data"]), flags["data"] == "chain"
@@ -79,7 +79,7 @@ def read_csv():
 
 
 def group(rows):
-    """Rows -> lists of rows that differ only in the seed, by (run, split), without a seed 0 that chose lambda."""
+    """Rows -> lists that differ only in the seed, by (run, split). Seed 0, which chose, is out if there are enough."""
     groups = {}
     for row in rows:
         groups.setdefault((row["run"], row["split"]), []).append(row)
@@ -90,18 +90,18 @@ def group(rows):
 
 
 def interval(values):
-    """The half-width of the 95% interval of the mean (0 for a single value)."""
-    return T_95[len(values)] * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0
+    """The half-width of the 95% interval of the mean (None for a single value)."""
+    return T_95[len(values)] * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
 
 def against_plain(rows, others):
-    """The sparse loss of each row minus that of plain models of its seed, interpolated to equal multiply-adds."""
+    """Sparse losses minus those of plain models of the same seed and multiply-adds (interpolated, not extrapolated)."""
     differences = []
     for row in rows:
         points = sorted((other["cost"], other["val_loss_sparse"]) for other in others
                         if (other["model"], other["variant"]) == ("plain", "")
                         and all(other[key] == row[key] for key in ("family", "split", "seed")))
-        if points and points[0][0] <= row["cost"] <= points[-1][0] == 1:        # never extrapolated
+        if points and points[0][0] <= row["cost"] <= points[-1][0] == 1:
             differences.append(row["val_loss_sparse"] - np.interp(row["cost"], *zip(*points)))
     return differences
 
@@ -122,7 +122,7 @@ def table(rows):
 
 
 def draw(path, preset="chain", label="", own=(), own_plain=None):
-    """Draw the figure. A star marks `own` rows of a preset, on text relative to plain rows by seed, `own_plain`."""
+    """Draw the figure. A star marks the rows `own`; on text, they are relative to `own_plain` (seed: row)."""
     from matplotlib.figure import Figure
     groups, figure = group(read_csv()), Figure(figsize=(9, 4.5), layout="constrained")
     axes = dict(zip(("chain", "deep"), figure.subplots(1, 2)))
@@ -165,9 +165,9 @@ def draw(path, preset="chain", label="", own=(), own_plain=None):
     left.axhline(0.01, color="0.8", lw=1, ls=":")
     left.annotate("needed: 1.46", (1.5, 8e-5), color="0.5", rotation=90, fontsize=8)
     left.annotate("limit of the leaderboard: 0.01", (6, 0.011), color="0.5", fontsize=8, ha="right")
-    left.set(yscale="log", xlabel="blocks per token", ylabel="loss", title="Puzzle: gates find the blocks needed")
+    left.set(yscale="log", xlabel="blocks per token", ylabel="loss", title="Puzzle: gates run fewer blocks")
     right.set(ylim=(-1, 5), xlabel="multiply-adds (% of 12 plain layers)", ylabel="loss above 12 plain layers (%)",
-              title="Text: fewer layers do as well")
+              title="Text: fewer layers do as well as gates")
     for panel in axes.values():
         panel.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)

@@ -8,7 +8,7 @@ Find the best lambda of a gate design, print its row of the leaderboard, and dra
 All designs follow one rule. With seed 0, lambda triples until the sparse loss exceeds the limit: 0.01 on chains; on
 text, as in the paper's abstract, 0.5% above the plain model of the same seed. Of the settings within the limit, the one
 with the fewest blocks per token makes the row if fresh seeds (1, 2 and 3) stay within it, too; otherwise, the next one
-is tried. The same command continues a sweep that was stopped, and uses finished runs again unless the code has changed.
+is tried. The same command continues a sweep that was stopped, and reuses finished runs unless the code has changed.
 """
 import argparse
 import itertools
@@ -34,7 +34,7 @@ CODE = b"".join(Path(module.__file__).read_bytes() for module in (tsa, train, da
 class Sweep:
     def __init__(self, preset, flags, n_seeds):
         self.preset, self.flags, self.seeds = preset, flags, range(1, n_seeds + 1)
-        self.shared = [flag for flag in flags if flag[2:].partition("=")[0] not in DESIGN]      # by its plain models
+        self.shared = [flag for flag in flags if flag[2:].partition("=")[0] not in DESIGN]      # with its plain models
         (self.first_lam, self.minutes), self.plain, self.left = PRESETS[preset], {}, 0          # plain rows by seed
 
     def run(self, flags, seed):
@@ -74,7 +74,7 @@ class Sweep:
         gated, text = not any(flag.startswith("--model=") for flag in self.flags), self.preset != "chain"
         fresh = len(self.seeds) * (1 + (gated and text))        # on text, a plain model for each seed, too
         self.left = fresh + gated * (N_LAMS + text)
-        print(f"at most {self.left} runs, {self.left * self.minutes} min ({fresh} more if a fresh seed fails)")
+        print(f"at most {self.left} runs, {self.left * self.minutes} min, unless a fresh seed fails")
         if not gated:
             return self.flags, [self.run(self.flags, seed) for seed in self.seeds]
         flags = [[*self.flags, f"--lam={float(f'{self.first_lam * 3 ** k:.1g}'):g}"] for k in range(N_LAMS)]
@@ -108,7 +108,7 @@ def main(argv=None):
     flags, rows = sweep.best()
     blocks, loss = ([row[name] for row in rows] for name in ("blocks", "val_loss_sparse"))
     design = " ".join(flags).replace("=", " ")
-    print(f"the row of the leaderboard:\n`{design}`|{statistics.mean(blocks):.2f} ± {statistics.stdev(blocks):.2f}|"
+    print(f"design|blocks per token|loss\n`{design}`|{statistics.mean(blocks):.2f} ± {statistics.stdev(blocks):.2f}|"
           f"{statistics.mean(loss):.4f}")
     if others := [flag for flag in sweep.shared if not flag.startswith(("--device", "--dtype"))]:
         print(f"not comparable with the leaderboard, because of {' '.join(others)}")
