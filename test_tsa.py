@@ -340,7 +340,7 @@ def test_run_equals_a_loop_written_out(monkeypatch, capsys):
         for group in optimizer.param_groups:
             group["lr"] = 0.02 * min(step / 4, 1) * (0.55 + 0.45 * np.cos(np.pi * (step - 1) / 9))
         optimizer.step()
-    assert clipped > 2 and torch.compile.called and saved["prompt"] == corpus.prompt[:16]
+    assert clipped > 1 and torch.compile.called and saved["prompt"] == corpus.prompt[:16]
     assert_close(saved["model"], model.state_dict(), rtol=1e-3, atol=2e-4)
     printed = re.search(r"step 10/10  loss (\S+)  gates (\S+) (\S+) (\S+)  ", capsys.readouterr().out).groups()
     assert list(map(float, printed)) == pytest.approx([task.item(), *gates.mean((1, 2)).tolist()], abs=0.006)
