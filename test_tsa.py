@@ -87,7 +87,7 @@ def pass_by_hand(model, idx, sparse):
         gates, logits = gates + [gate], logits + [prediction]
     return gates, logits, x
 
-def test_sizes_initial_weights_and_settings_are_the_papers():
+def test_sizes_initial_weights_and_settings_are_the_papers(capsys):
     """A missing bias, an untied head or another learning rate would be a different experiment."""
     settings = dict(n_layer=6, n_head=8, n_embd=256, block_size=128, dropout=0.1, batch_size=64, max_iters=5000,
                     learning_rate=3e-4, warmup_iters=0, gate_bias=-1.0, lam=0.001, confidence=0.9)      # section 2
@@ -102,6 +102,11 @@ def test_sizes_initial_weights_and_settings_are_the_papers():
         assert layer.weight.std().item() == pytest.approx(std, rel=0.03)
     assert model.routers[4].out.bias.item() == 3 and Router(Config(n_embd=32)).fc.out_features == 16    # the minimum
     assert train.parse_flags([])[0].learning_rate == 1.5e-3 and train.PRESETS["chain"]["lam_ramp"] == 0.5
+    assert all(train.PRESETS[name].items() >= {("data", name), ("max_iters", 390)} for name in ("copy", "sort"))
+    assert [sha256[:8] for _, _, sha256 in data.FILES.values()] == ["86c4e6aa", "547994d9"]
+    with pytest.raises(SystemExit):
+        train.main(["--preset=paper", "--help"])
+    assert re.search(r"--max_iters[^(]*\(default:\s+5000\)", capsys.readouterr().out)
     for name, flags in (("chain", "--preset=chain --gate=straight --halt --lam=0.03"),
                         ("python-skip", "--preset=deep --gate=skip")):          # models that README.md shows
         flags = vars(train.parse_flags([*flags.split(), "--device=cpu", "--dtype=bfloat16"])[0])
@@ -191,6 +196,11 @@ def test_precisions_and_devices(dtype, precision, monkeypatch):
         pass
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation)
     assert train.parse_flags(["--device=cuda:1"])[0].dtype == "bfloat16"
+    monkeypatch.setattr(torch, "load", Mock(side_effect=torch.load))
+    assert load_checkpoint(sample.SHIPPED) and torch.load.call_args.kwargs["map_location"] == "cpu"
+    monkeypatch.setattr(data.Data, "batch", lambda *_: torch.ones(2, 8, 16, dtype=torch.long, device="meta"))
+    with pytest.raises(NotImplementedError, match="out of meta"):           # training moves it to its device
+        fit("--max_iters 1")
 
 @pytest.mark.parametrize("design", DESIGNS)
 @pytest.mark.parametrize("T", [16, 7])
@@ -206,7 +216,7 @@ def test_counted_multiply_adds_are_what_ran(design, T):
 
 @pytest.mark.parametrize("design, sparse", [*((design, True) for design in DESIGNS), ("soft", False), ("exit", False)])
 @pytest.mark.parametrize("shape, temperature, top_k, computed", [
-    ((2, 3), 1.5, 3, 3 + 13 + 8 + 7), ((2, 3), 0.5, None, 3 + 13 + 8 + 7), ((1, 20), 0, 99, 8 + 8 + 8 + 8 + 11)])
+    ((2, 3), 1.5, 3, 3 + 13 + 8 + 7), ((2, 2), 0.5, None, 2 + 14 + 8 + 6), ((1, 20), 0, 99, 8 + 8 + 8 + 8 + 11)])
 def test_generation_equals_a_slow_loop_without_a_cache(design, sparse, shape, temperature, top_k, computed):
     """A step computes one token, except when the text outgrows the context and restarts from its last 8 tokens."""
     model, idx, lengths = tiny(**DESIGNS[design]), tokens(*shape), []

@@ -28,7 +28,7 @@ def trained(monkeypatch):
         args.out_dir.mkdir()
         if isinstance(loss := losses.get(run, 0.001), BaseException):
             raise loss
-        result = {"seed": args.seed, "val_loss_sparse": loss, "blocks": 1 + 0.01 / args.lam}
+        result = {"seed": args.seed, "val_loss_sparse": loss, "blocks": 1 + 0.01 / args.lam + 0.1 * args.seed}
         (args.out_dir / "result.json").write_text(json.dumps(result))
     monkeypatch.setattr(train, "main", main)
     return runs, losses
@@ -39,7 +39,7 @@ def test_sweep_follows_its_rule(trained, capsys):
     losses |= {("tsa", 0.3, 0): FloatingPointError("diverged"), ("tsa", 0.09, 0): 0.01, ("tsa", 0.09, 3): 0.007}
     sweep.main(["--gate", "straight", "--halt"])
     assert runs == [("tsa", lam, 0) for lam in (0.01, 0.03, 0.09, 0.3)] + [("tsa", 0.09, seed) for seed in (1, 2, 3)]
-    assert capsys.readouterr().out.endswith("`--gate straight --halt --lam 0.09`|1.11 ± 0.00|0.0030\n")
+    assert capsys.readouterr().out.endswith("`--gate straight --halt --lam 0.09`|1.31 ± 0.10|0.0030\n")
     losses["tsa", 0.09, 2] = 0.02
     sweep.main(["--gate=straight"])
     assert runs[-5:] == [("tsa", 0.09, 1), ("tsa", 0.09, 2), *(("tsa", 0.03, seed) for seed in (1, 2, 3))]
@@ -50,12 +50,14 @@ def test_sweep_follows_its_rule(trained, capsys):
     assert runs[-2:] == [("plain", 0.001, 1), ("plain", 0.001, 2)]
     assert "because of --max_iters=9" in capsys.readouterr().out
 
-def test_limit_on_text_is_relative_to_the_plain_model_of_the_same_seed(trained):
+def test_limit_on_text_is_relative_to_the_plain_model_of_the_same_seed(trained, monkeypatch):
     """Seeds differ by more than designs do. Plain models share the settings that are not part of a design."""
     runs, losses = trained
     losses |= {("plain", 0.001, seed): 1.0 + seed for seed in range(4)} | {("tsa", 0.003, 0): 1.0051}
     losses |= {("tsa", 0.001, seed): 1.0049 * (1.0 + seed) for seed in range(4)}
-    sweep.main("--preset=deep --gate=stretch --n_layer=9 --max_iters=9".split())
+    monkeypatch.setattr(plot, "draw", MagicMock())
+    sweep.main("--preset=deep --gate=stretch --n_layer=9 --gate_bias=0 --max_iters=9 --svg=x.svg".split())
+    assert plot.draw.call_args.args[-1].keys() == {0, 1, 2, 3}          # the sweep's own plain models
     assert [run[1:] for run in runs if run[0] == "tsa"] == [(0.001, 0), (0.003, 0), (0.001, 1), (0.001, 2), (0.001, 3)]
     assert [path.name for path in Path("out").glob("*/*plain*=1")] == ["preset=deep-model=plain-max_iters=9-seed=1"]
 
@@ -65,10 +67,17 @@ def test_same_command_continues_a_sweep_unless_the_code_has_changed(trained, mon
     losses["tsa", 0.03, 0] = KeyboardInterrupt()        # before the first checkpoint
     with pytest.raises(KeyboardInterrupt):
         sweep.main(["--gate=skip"])
+    (ckpt := next(Path("out").glob("*/*lam=0.03-seed=0")) / "ckpt.pt").touch()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):          # this time, after one
+        patch.setattr(train, "main", resume := MagicMock(side_effect=KeyboardInterrupt))
+        sweep.main(["--gate=skip"])
+    assert ckpt.exists() and resume.call_args.args[0][-1] == f"--resume={ckpt.parent}"
+    ckpt.unlink()
     losses["tsa", 0.03, 0] = 0.02
     for flags, n in ((["--gate_bias=-1"], 2 + 4), (["--gate_bias", "1"], 6 + 5), (["--gate_bias=1"], 11)):
         sweep.main(["--gate=skip", *flags])
         assert len(runs) == n
+    assert sweep.CODE == b"".join((HERE / name).read_bytes() for name in ("tsa.py", "train.py", "data.py"))
     monkeypatch.setattr(sweep, "CODE", b"edited")
     sweep.main(["--gate=skip"])
     assert len(runs) == 11 + 5
@@ -84,7 +93,7 @@ def panels(monkeypatch):
     return panels
 
 @pytest.mark.parametrize("flags", ["--lam 5", "--lam=5", "--lam_ramp 0", "--seed=1", "--out_dir x", "--gate nosuch",
-                                   "--svg no/x.svg", "--svg x.svg --preset laptop"])
+                                   "--seeds 1", "--svg no/x.svg", "--svg x.svg --preset laptop"])
 def test_sweep_notices_mistakes_before_the_first_run(flags, trained, panels, capsys):
     """It takes 20 minutes, or hours."""
     with pytest.raises(SystemExit):
@@ -95,7 +104,7 @@ def test_figure_shows_the_readers_row(trained, panels):
     """A star at its means; on text, its loss is relative to plain models of the same sweep and seed."""
     sweep.main(["--gate=skip", "--svg=x.svg"])
     star = panels[0].errorbar.call_args
-    assert star.args == (pytest.approx(1 + 0.01 / 20), 0.001) and star.kwargs["label"] == "--gate skip --lam 20"
+    assert star.args == (pytest.approx(1 + 0.01 / 20 + 0.2), 0.001) and star.kwargs["label"] == "--gate skip --lam 20"
     size = {"model": "plain", "n_layer": 6, "n_embd": 128, "block_size": 64, "vocab_size": 166, "blocks": 6}
     plain = {seed: size | {"seed": seed, "val_loss": 1.0 + seed} for seed in (1, 2)}
     own = [row | {"val_loss_sparse": 1.01 * row["val_loss"]} for row in plain.values()]
@@ -121,6 +130,10 @@ def test_rows_are_scored_on_validation_and_unseen_data(monkeypatch):
     assert unseen["accuracy"] == pytest.approx((logits.argmax(-1) == targets).double().mean().item())
     assert unseen["exact"] == pytest.approx(((gates != 0).sum(0) == needed)[needed > 1].double().mean().item())
     assert unseen["blocks"] == pytest.approx((gates != 0).double().mean((1, 2)).sum().item())
+    fit("--max_iters 1")
+    windows = data.load("t.txt").windows("test", 16)
+    loss, _ = train.evaluate(load_checkpoint("run/ckpt.pt")[0], *windows, sparse=False)
+    assert plot.score(Path("run"), {})[1]["val_loss"] == pytest.approx(loss)            # of a text, the test split
 
 def test_models_are_compared_at_equal_multiply_adds_with_their_own_seed():
     """Seeds differ by more than models do, so only paired differences say anything. Seed 0 has chosen lambda."""
@@ -143,6 +156,8 @@ def test_numbers_on_the_pages_are_those_of_results_and_clock():
     lines = plot.table(rows := plot.read_csv())
     cells = {"1.4422", "1.4482"} | {cell for line in lines for cell in line}        # of the paper; means over seeds
     cells |= {f"{row[name]:.4f}" for row in rows for name in ("val_loss", "val_loss_sparse")}
+    assert all(plot.cost(row) == pytest.approx(row["cost"]) for row in rows if row["variant"] != "noffn")
+    assert all(len({run.partition("-lam=")[0] for run in runs}) == 1 for _, _, *runs in plot.MARKS.values())
     numbers = r"[+-]?\d\.\d{4} ± \d\.\d{4}|\d\.\d\d ± \d\.\d\d|\d+\.\d% ± \d+\.\d%|\b1\.\d{4}\b"
     used = set(re.findall(numbers, readme + report))
     assert len(rows) > 500 and len(used) > 60 and not used - cells, used - cells
@@ -172,7 +187,8 @@ def test_clock_times_what_it_says(monkeypatch, capsys):
         clock.main([*flags, "--device=cpu", "--seconds=0", "--csv=c.csv"])
         with open("c.csv", newline="") as file:
             return list(csv.DictReader(file))
-    assert clock.seconds_of(lambda: time.sleep(0.01), "cpu") >= 0.01
+    monkeypatch.setattr(torch.accelerator, "synchronize", MagicMock())
+    assert clock.seconds_of(lambda: time.sleep(0.01), "cuda") >= 0.01 and torch.accelerator.synchronize.called
     random = rows("--layers", "2", "--n_embd", "16", "--works", "prefill 8")
     assert [float(row["open"]) for row in random] == pytest.approx([1, *clock.SHARES], abs=0.1)
     times = iter([4.0, 2.0, 1.0, 8.0, 2.0, 1.0, 9.0, 3.0, 3.0] * 5)
@@ -181,3 +197,4 @@ def test_clock_times_what_it_says(monkeypatch, capsys):
     assert [float(row["speedup"]) for row in (plain6, plain3, chain)] == [1, 3, 4] and float(plain6["ms"]) == 8000
     assert decoding["gates"].endswith("chain.pt") and float(decoding["ms"]) == 1000 / 15       # 15 tokens in a round
     assert float(plain3["predicted"]) == pytest.approx(1 / 0.504, abs=0.01) and 0.05 < float(chain["open"]) < 0.15
+    assert chain["n_embd"] == "64" and [row["batch"] for row in random] == 4 * ["8"]
