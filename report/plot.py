@@ -29,6 +29,7 @@ MARKS = {       # label: color, mark, runs in the left and in the right panel
     "skip": ("C5", "P", "gate=skip-lam=0.01", "gate=skip-lam=0.001"),
     "stretch": ("C2", "^", "gate=stretch-lam=0.8", "gate=stretch-lam=0.001"),
     "straight": ("C0", "v", "gate=straight-lam=0.3", "gate=straight-lam=0.001"),
+    "straight --n_layer 3": ("C9", "<", "gate=straight-n_layer=3-lam=0.03"),
     "straight --halt": ("C4", "D", "gate=straight-halt-lam=0.03", "gate=straight-halt-lam=0.001")}
 
 
@@ -124,7 +125,7 @@ def table(rows):
 def draw(path, preset="chain", label="", own=(), own_plain=None):
     """Draw the figure. A star marks the rows `own`; on text, they are relative to `own_plain` (seed: row)."""
     from matplotlib.figure import Figure
-    groups, figure = group(read_csv()), Figure(figsize=(9, 4.5), layout="constrained")
+    groups, figure = group(read_csv()), Figure(figsize=(9, 4.7), layout="constrained")
     axes = dict(zip(("chain", "deep"), figure.subplots(1, 2)))
     if preset not in axes:
         raise ValueError(f"there is no panel for --preset {preset}")
@@ -163,7 +164,7 @@ def draw(path, preset="chain", label="", own=(), own_plain=None):
     left, right = axes.values()
     left.axvline(1.465, color="0.8", lw=1)          # if every token runs exactly the blocks that it needs
     left.axhline(0.01, color="0.8", lw=1, ls=":")
-    left.annotate("needed: 1.46", (1.5, 8e-5), color="0.5", rotation=90, fontsize=8)
+    left.annotate("needed: 1.46", (1.55, 0.8), color="0.5", fontsize=8)
     left.annotate("limit of the leaderboard: 0.01", (6, 0.011), color="0.5", fontsize=8, ha="right")
     left.set(yscale="log", xlabel="blocks per token", ylabel="loss", title="Puzzle: gates run fewer blocks")
     right.set(ylim=(-1, 5), xlabel="multiply-adds (% of 12 plain layers)", ylabel="loss above 12 plain layers (%)",

@@ -3,7 +3,6 @@ Find the best lambda of a gate design, print its row of the leaderboard, and dra
 
     python -m report.sweep --gate half --svg half.svg       on chains (about 20 minutes on one CPU core)
     python -m report.sweep --gate half --preset deep        on Python's sources (hours)
-    python -m report.sweep --model plain --n_layer 3        a model without gates: no lambda, no limit
 
 All designs follow one rule. With seed 0, lambda triples until the sparse loss exceeds the limit: 0.01 on chains; on
 text, as in the paper's abstract, 0.5% above the plain model of the same seed. Of the settings within the limit, the one
@@ -15,6 +14,7 @@ import itertools
 import json
 import shutil
 import statistics
+import tempfile
 import time
 import zlib
 from contextlib import redirect_stdout, suppress
@@ -29,6 +29,7 @@ PRESETS = {"chain": (0.01, 2), "laptop": (0.001, 6), "deep": (0.001, 15)}      #
 N_LAMS = 8                                                                      # 0.01, 0.03, 0.09, 0.3, ...
 DESIGN = {"model", "gate", "gate_bias", "halt", "confidence", "n_layer"}        # what may differ from row to row
 CODE = b"".join(Path(module.__file__).read_bytes() for module in (tsa, train, data))        # as it was imported
+FOLDER = Path(f"out/sweep-{zlib.crc32(CODE):08x}")
 
 
 class Sweep:
@@ -40,12 +41,12 @@ class Sweep:
     def run(self, flags, seed):
         """Train a run, unless it is finished. Return its flags and scores; the loss of one that diverged is nan."""
         flags, began = [f"--preset={self.preset}", *flags, f"--seed={seed}"], time.perf_counter()
-        folder = Path(f"out/sweep-{zlib.crc32(CODE):08x}", "-".join(flag[2:].replace("/", "_") for flag in flags))
+        folder = FOLDER / "-".join(flag[2:].replace("/", "_") for flag in flags)
         if not (folder / "result.json").exists():
             resumes = (folder / "ckpt.pt").exists()
             if not resumes:
                 shutil.rmtree(folder, ignore_errors=True)       # stopped before its first checkpoint
-            folder.parent.mkdir(parents=True, exist_ok=True)
+            FOLDER.mkdir(parents=True, exist_ok=True)
             print(f"{'resuming' if resumes else 'training'} {folder} (progress: {folder}.log)", flush=True)
             with open(f"{folder}.log", "a") as log, redirect_stdout(log), suppress(FloatingPointError):
                 train.main([*flags, f"--{'resume' if resumes else 'out_dir'}={folder}"])
@@ -96,14 +97,16 @@ def main(argv=None):
     if chosen := {flag.partition("=")[0] for flag in flags} & set("--lam --lam_ramp --seed --out_dir --resume".split()):
         parser.error(f"the sweep itself chooses {', '.join(chosen)}")
     given, default = (vars(train.parse_flags([f"--preset={args.preset}", *more])[0]) for more in (flags, []))
-    kind = "gate" if given["model"] == "tsa" else "model"
     flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()
-             if value != default[name] or name == kind]
+             if value != default[name] or name == "gate" and given["model"] == "tsa"]
     if args.svg:
         try:
-            plot.draw(args.svg, args.preset)        # already now, to notice a missing folder or matplotlib
+            with tempfile.TemporaryFile(dir=Path(args.svg).parent) as file:
+                plot.draw(file, args.preset)        # already now, to notice a missing folder or matplotlib
         except (ImportError, OSError, ValueError) as error:
             parser.error(f"--svg: {error}")
+    if not FOLDER.exists() and any(Path("out").glob("sweep-*")):
+        print("the code has changed since the last sweep: this one starts anew")
     sweep = Sweep(args.preset, flags, args.seeds)
     flags, rows = sweep.best()
     blocks, loss = ([row[name] for row in rows] for name in ("blocks", "val_loss_sparse"))

@@ -61,7 +61,7 @@ def test_limit_on_text_is_relative_to_the_plain_model_of_the_same_seed(trained, 
     assert [run[1:] for run in runs if run[0] == "tsa"] == [(0.001, 0), (0.003, 0), (0.001, 1), (0.001, 2), (0.001, 3)]
     assert [path.name for path in Path("out").glob("*/*plain*=1")] == ["preset=deep-model=plain-max_iters=9-seed=1"]
 
-def test_same_command_continues_a_sweep_unless_the_code_has_changed(trained, monkeypatch):
+def test_same_command_continues_a_sweep_unless_the_code_has_changed(trained, monkeypatch, capsys):
     """Finished runs are not trained again, but those of an older gate must not pass for a new one."""
     runs, losses = trained
     losses["tsa", 0.03, 0] = KeyboardInterrupt()        # before the first checkpoint
@@ -78,16 +78,15 @@ def test_same_command_continues_a_sweep_unless_the_code_has_changed(trained, mon
         sweep.main(["--gate=skip", *flags])
         assert len(runs) == n
     assert sweep.CODE == b"".join((HERE / name).read_bytes() for name in ("tsa.py", "train.py", "data.py"))
-    monkeypatch.setattr(sweep, "CODE", b"edited")
+    monkeypatch.setattr(sweep, "FOLDER", Path("out/sweep-edited"))
     sweep.main(["--gate=skip"])
-    assert len(runs) == 11 + 5
+    assert len(runs) == 11 + 5 and "code has changed" in capsys.readouterr().out
 
 @pytest.fixture
 def panels(monkeypatch):
-    """Fake matplotlib: the panels of its figure, which draw nothing. It cannot save into a missing folder."""
+    """Fake matplotlib: the panels of its figure, which draw nothing."""
     module, panels = MagicMock(), (MagicMock(), MagicMock())
     module.figure.Figure.return_value.subplots.return_value = panels
-    module.figure.Figure.return_value.savefig = lambda path, **_: Path(path).touch()
     monkeypatch.setitem(sys.modules, "matplotlib", module)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", module.figure)
     return panels
