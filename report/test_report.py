@@ -59,6 +59,7 @@ def test_limit_on_text_is_relative_to_the_plain_model_of_the_same_seed(trained, 
     sweep.main("--preset=deep --gate=stretch --n_layer=9 --gate_bias=0 --max_iters=9 --svg=x.svg".split())
     assert plot.draw.call_args.args[-1].keys() == {0, 1, 2, 3}          # the sweep's own plain models
     assert [run[1:] for run in runs if run[0] == "tsa"] == [(0.001, 0), (0.003, 0), (0.001, 1), (0.001, 2), (0.001, 3)]
+    assert sweep.PRESETS["laptop"][0] == sweep.PRESETS["deep"][0] == 0.001          # the paper's lambda
     assert [path.name for path in Path("out").glob("*/*plain*=1")] == ["preset=deep-model=plain-max_iters=9-seed=1"]
 
 def test_same_command_continues_a_sweep_unless_the_code_has_changed(trained, monkeypatch, capsys):
@@ -101,6 +102,8 @@ def test_sweep_notices_mistakes_before_the_first_run(flags, trained, panels, cap
 
 def test_figure_shows_the_readers_row(trained, panels):
     """A star at its means; on text, its loss is relative to plain models of the same sweep and seed."""
+    plot.main(["--svg=x.svg"])
+    assert {call.kwargs.get("label") for call in panels[0].errorbar.call_args_list} == {None, *plot.MARKS}
     sweep.main(["--gate=skip", "--svg=x.svg"])
     star = panels[0].errorbar.call_args
     assert star.args == (pytest.approx(1 + 0.01 / 20 + 0.2), 0.001) and star.kwargs["label"] == "--gate skip --lam 20"
@@ -108,6 +111,7 @@ def test_figure_shows_the_readers_row(trained, panels):
     plain = {seed: size | {"seed": seed, "val_loss": 1.0 + seed} for seed in (1, 2)}
     own = [row | {"val_loss_sparse": 1.01 * row["val_loss"]} for row in plain.values()]
     plot.draw("x.svg", "deep", "half", own, plain)
+    assert panels[1].errorbar.call_args.kwargs["yerr"] == pytest.approx(0, abs=1e-9)
     assert panels[1].errorbar.call_args.args == pytest.approx((50.43, 1.0), abs=0.01)      # % of 12 layers, above them
 
 def test_rows_are_scored_on_validation_and_unseen_data(monkeypatch):
@@ -126,7 +130,8 @@ def test_rows_are_scored_on_validation_and_unseen_data(monkeypatch):
     idx, targets = corpus.windows("val", 30)
     logits, gates = model(idx, sparse=True)
     needed = torch.tensor([plot.blocks_needed([corpus.vocab[i] for i in text]) for text in idx])
-    assert unseen["accuracy"] == pytest.approx((logits.argmax(-1) == targets).double().mean().item())
+    accuracy = (logits.argmax(-1) == targets).double().mean().item()
+    assert unseen["commit"] == "abc" and unseen["accuracy"] == pytest.approx(accuracy)
     assert unseen["exact"] == pytest.approx(((gates != 0).sum(0) == needed)[needed > 1].double().mean().item())
     assert unseen["blocks"] == pytest.approx((gates != 0).double().mean((1, 2)).sum().item())
     fit("--max_iters 1")
