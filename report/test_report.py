@@ -39,7 +39,8 @@ def test_sweep_follows_its_rule(trained, capsys):
     losses |= {("tsa", 0.3, 0): FloatingPointError("diverged"), ("tsa", 0.09, 0): 0.01, ("tsa", 0.09, 3): 0.007}
     sweep.main(["--gate", "straight", "--halt"])
     assert runs == [("tsa", lam, 0) for lam in (0.01, 0.03, 0.09, 0.3)] + [("tsa", 0.09, seed) for seed in (1, 2, 3)]
-    assert capsys.readouterr().out.endswith("`--gate straight --halt --lam 0.09`|1.31 ± 0.10|0.0030\n")
+    out = capsys.readouterr().out
+    assert out.endswith("`--gate straight --halt --lam 0.09`|1.31 ± 0.10|0.0030\n") and out.count("exceeds") == 1
     losses["tsa", 0.09, 2] = 0.02
     sweep.main(["--gate=straight"])
     assert runs[-5:] == [("tsa", 0.09, 1), ("tsa", 0.09, 2), *(("tsa", 0.03, seed) for seed in (1, 2, 3))]
@@ -193,7 +194,10 @@ def test_clock_times_what_it_says(monkeypatch, capsys):
             return list(csv.DictReader(file))
     monkeypatch.setattr(torch.accelerator, "synchronize", MagicMock())
     assert clock.seconds_of(lambda: time.sleep(0.01), "cuda") >= 0.01 and torch.accelerator.synchronize.called
+    gates_of, shapes = clock.gates_of, set()
+    monkeypatch.setattr(clock, "gates_of", lambda *args: shapes.add(args[2].shape) or gates_of(*args))
     random = rows("--layers", "2", "--n_embd", "16", "--works", "prefill 8")
+    assert shapes == {(8, 256)}
     assert [float(row["open"]) for row in random] == pytest.approx([1, *clock.SHARES], abs=0.1)
     times = iter([4.0, 2.0, 1.0, 8.0, 2.0, 1.0, 9.0, 3.0, 3.0] * 5)
     monkeypatch.setattr(clock, "seconds_of", lambda call, device: call() is None or next(times))
