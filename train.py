@@ -208,7 +208,7 @@ def main(argv=None):
             loss = task_loss + (lam * model.depth_loss(gates) if routers else 0)
         loss.backward()
         if routers and step == 1 and not any(p.grad is not None and p.grad.any() for p in model.routers.parameters()):
-            sys.exit(f"error: --gate {args.gate} passes no gradient to the routers: its slope is 0 everywhere")
+            sys.exit(f"error: --gate {args.gate} passes no gradient to the routers at their initial scales")
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -105,6 +105,9 @@ def test_figure_shows_the_readers_row(trained, panels):
     """A star at its means; on text, its loss is relative to plain models of the same sweep and seed."""
     plot.main(["--svg=x.svg"])
     assert {call.kwargs.get("label") for call in panels[0].errorbar.call_args_list} == {None, *plot.MARKS}
+    drawn = {f"{x:.0f}%|{y:+.1f}%" for x, y in (call.args for call in panels[1].errorbar.call_args_list)}
+    cells = re.findall(r"\|(\d+%\|[+-]\d\.\d%)\|", (HERE / "README.md").read_text(encoding="utf-8"))
+    assert len(cells) == 4 and drawn >= set(cells)          # README's table on text
     sweep.main(["--gate=skip", "--svg=x.svg"])
     star = panels[0].errorbar.call_args
     assert star.args == (pytest.approx(1 + 0.01 / 20 + 0.2), 0.001) and star.kwargs["label"] == "--gate skip --lam 20"
@@ -171,10 +174,33 @@ def test_numbers_on_the_pages_are_those_of_results_and_clock():
     for flags, *cells in leaderboard:
         assert found["preset=chain-" + flags.replace(" --", "-").replace(" ", "=")] == tuple(cells)
     assert len(leaderboard) > 3
+    first, = (row for row in rows if (row["run"], row["split"], row["seed"]) == ("shakespeare-tsa soft", "val", 0))
+    assert f"runs {first['blocks']:.2f} of 6 blocks, saving {float(first['saved']):.1%} of" in readme
     with open(HERE / "report/clock.csv", newline="") as file:
-        ratios = {f"{float(row['speedup']):.2f} ({float(row['predicted']):.2f})" for row in csv.DictReader(file)}
+        times = list(csv.DictReader(file))
+    python = {f"{float(row['speedup']):.2f}" for row in times if (row["n_embd"], row["batch"]) == ("128", "64")}
+    speeds = re.findall(r"\|(\d\.\d\d) times", readme)
+    assert len(speeds) == 4 and python >= set(speeds)
+    ratios = {f"{float(row['speedup']):.2f} ({float(row['predicted']):.2f})" for row in times}
     used = set(re.findall(r"\d\.\d\d \(\d\.\d\d\)", report))
     assert len(used) > 20 and not used - ratios, used - ratios
+
+def test_shipped_chain_model_runs_the_blocks_that_the_readme_says():
+    """A reader may count them."""
+    (model, _), corpus = load_checkpoint(HERE / "report/chain.pt"), data.load("chain")
+    idx, targets = corpus.windows("val", 30)
+    with torch.no_grad():
+        logits, gates = model(idx, sparse=True)
+    points = idx - len(data.DIGITS)             # the place that a letter points to, below 0 for a digit
+    hops = torch.zeros_like(idx)
+    for t in range(30):
+        hops[:, t] = torch.where(points[:, t] < 0, 0, 1 + hops.gather(1, points[:, t:t + 1].clamp(min=0))[:, 0])
+    blocks, shares = (gates != 0).sum(0), []
+    for least, most, needed in ((0, 1, 1), (2, 2, 2), (3, 3, 2), (4, 4, 3)):
+        shares.append(f"{(blocks == needed)[(hops >= least) & (hops <= most)].double().mean().item():.0%}")
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    assert f"tokens that run exactly as many|{'|'.join(shares)}\n" in readme
+    assert f"{(logits.argmax(-1) == targets).double().mean().item():.1%} of the answers" in readme
 
 def test_maps_on_the_page_are_what_sample_prints(capsys):
     """The pictures are the first thing that a reader sees."""
