@@ -59,7 +59,8 @@ def score(folder, about):
     for split, model.config.gate in (("val", gate), ("test", gate), ("val", "soft"))[:3 if gate == "skip" else 2]:
         idx, targets = val if split == "val" else unseen
         run = folder.name.partition("-seed=")[0].replace("gate=skip", f"gate={model.config.gate}")
-        row = {"family": flags["preset"], "run": run, "split": split, "variant": ""} | about
+        family = flags["data"] if flags["preset"] == "laptop" else flags["preset"]
+        row = {"family": family, "run": run, "split": split, "variant": ""} | about
         row |= flags | vars(model.config)
         row |= result if (split, model.config.gate) == ("val", gate) else train.score(model, idx, targets)
         if chains:
@@ -84,10 +85,7 @@ def group(rows):
     groups = {}
     for row in rows:
         groups.setdefault((row["run"], row["split"]), []).append(row)
-    for (run, split), found in groups.items():
-        if "-lam=" in run and len(found) > 3:
-            groups[run, split] = [row for row in found if row["seed"] > 0]
-    return groups
+    return {key: [row for row in found if row["seed"] > 0 or len(found) <= 3] for key, found in groups.items()}
 
 
 def interval(values):
@@ -95,20 +93,32 @@ def interval(values):
     return T_95[len(values)] * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
 
+def plain_points(row, others):
+    """Sorted (cost, loss) of plain models of a row's family, split and seed. [] if there is no full one."""
+    points = sorted((other["cost"], other["val_loss"]) for other in others
+                    if (other["model"], other["variant"]) == ("plain", "")
+                    and all(other[key] == row[key] for key in ("family", "split", "seed")))
+    return points if points and points[-1][0] == 1 else []
+
+
+def above_full(rows, others):
+    """Sparse losses relative to the full plain model of the same seed: 0.01 is 1% above it."""
+    points = [(row, plain_points(row, others)) for row in rows]
+    return [row["val_loss_sparse"] / found[-1][1] - 1 for row, found in points if found]
+
+
 def against_plain(rows, others):
     """Sparse losses minus those of plain models of the same seed and multiply-adds (interpolated, not extrapolated)."""
-    differences = []
-    for row in rows:
-        points = sorted((other["cost"], other["val_loss_sparse"]) for other in others
-                        if (other["model"], other["variant"]) == ("plain", "")
-                        and all(other[key] == row[key] for key in ("family", "split", "seed")))
-        if points and points[0][0] <= row["cost"] <= points[-1][0] == 1:
-            differences.append(row["val_loss_sparse"] - np.interp(row["cost"], *zip(*points)))
-    return differences
+    points = [(row, plain_points(row, others)) for row in rows]
+    return [row["val_loss_sparse"] - np.interp(row["cost"], *zip(*found)) for row, found in points
+            if found and found[0][0] <= row["cost"] <= 1]
 
 
 def table(rows):
-    """Rows -> lines of cells: run, split, number of seeds, means and deviations of SCORES, and against_plain."""
+    """
+    Rows -> lines of cells: run, split, number of seeds, means and deviations of SCORES, and the means and 95%
+    intervals of above_full (for text) and against_plain.
+    """
     lines = []
     for key, found in sorted(group(rows).items()):
         lines.append([*key, str(len(found))])
@@ -116,27 +126,26 @@ def table(rows):
             values = [row[column] for row in found if row.get(column, "") != ""]
             spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
             lines[-1].append(f"{statistics.mean(values):{form}}{spread}" if values else "")
-        if differences := against_plain(found, rows):
-            spread = f" ± {interval(differences):.4f}" if len(differences) > 1 else ""
-            lines[-1].append(f"{statistics.mean(differences):+.4f}{spread}")
+        above = [] if "chain" in key[0] else above_full(found, rows)        # a share of 0 says nothing
+        for values, form in ((above, ".2%"), (against_plain(found, rows), ".4f")):
+            spread = f" ± {interval(values):{form}}" if len(values) > 1 else ""
+            lines[-1].append(f"{statistics.mean(values):+{form}}{spread}" if values else "")
     return lines
 
 
-def draw(path, preset="chain", label="", own=(), own_plain=None):
-    """Draw the figure. A star marks the rows `own`; on text, they are relative to `own_plain` (seed: row)."""
+def draw(path, preset="chain", label="", own=(), own_plain=()):
+    """Draw the figure. A star marks the rows `own`; on text, relative to `own_plain` (default: results.csv)."""
     from matplotlib.figure import Figure
-    groups, figure = group(read_csv()), Figure(figsize=(9, 4.7), layout="constrained")
+    groups, figure = group(rows := read_csv()), Figure(figsize=(9, 4.7), layout="constrained")
     axes = dict(zip(("chain", "deep"), figure.subplots(1, 2)))
     if preset not in axes:
         raise ValueError(f"there is no panel for --preset {preset}")
-    full = {row["seed"]: row for row in groups["preset=deep-model=plain", "val"]}
 
-    def put(panel, rows, plain=full, **style):
-        """Draw the mean of some rows. Return its place."""
-        x, y, bar = [row["blocks"] for row in rows], [row["val_loss_sparse"] for row in rows], None
+    def put(panel, found, others=rows, **style):
+        """Draw the mean of the rows `found`. Return its place."""
+        x, y, bar = [row["blocks"] for row in found], [row["val_loss_sparse"] for row in found], None
         if panel == "deep":
-            x = [100 * cost(row | {"family": panel}) for row in rows]
-            y = [100 * (row["val_loss_sparse"] / plain[row["seed"]]["val_loss"] - 1) for row in rows]
+            x, y = [100 * cost(row) for row in found], [100 * share for share in above_full(found, others)]
             bar = interval(y)
         x, y = statistics.mean(x), statistics.mean(y)
         axes[panel].errorbar(x, y, yerr=bar, capsize=2, lw=1, **style)
@@ -160,13 +169,16 @@ def draw(path, preset="chain", label="", own=(), own_plain=None):
                 axes[panel].annotate(f"{y:+.0f}%", (x, 5), (x, 4.2), color=color, ha="center",
                                      arrowprops={"arrowstyle": "->", "color": color})
     if own:
-        put(preset, own, own_plain, fmt="*", color="black", ms=11, label=label)
+        columns = {"family": preset, "split": "val", "variant": ""}
+        full = [row | columns | {"cost": 1} for row in own_plain]
+        put(preset, [row | columns for row in own], full or rows, fmt="*", color="black", ms=11, label=label)
     left, right = axes.values()
     left.axvline(1.465, color="0.8", lw=1)          # if every token runs exactly the blocks that it needs
     left.axhline(0.01, color="0.8", lw=1, ls=":")
     left.annotate("needed: 1.46", (1.55, 0.8), color="0.5", fontsize=8)
     left.annotate("limit of the leaderboard: 0.01", (6, 0.011), color="0.5", fontsize=8, ha="right")
     left.set(yscale="log", xlabel="blocks per token", ylabel="loss", title="Puzzle: gates run fewer blocks")
+    right.margins(x=0.1)
     right.set(ylim=(-1, 5), xlabel="multiply-adds (% of 12 plain layers)", ylabel="loss above 12 plain layers (%)",
               title="Text: fewer layers do as well as gates")
     for panel in axes.values():

@@ -116,7 +116,7 @@ def main(argv=None):
     if others := [flag for flag in sweep.shared if not flag.startswith(("--device", "--dtype"))]:
         print(f"not comparable with the leaderboard, because of {' '.join(others)}")
     if args.svg:
-        plot.draw(args.svg, args.preset, design, rows, sweep.plain)
+        plot.draw(args.svg, args.preset, design, rows, sweep.plain.values())
 
 
 if __name__ == "__main__":
