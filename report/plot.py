@@ -94,10 +94,10 @@ def interval(values):
 
 
 def plain_points(row, others):
-    """Sorted (cost, loss) of plain models of a row's family, split and seed. [] if there is no full one."""
+    """Sorted (cost, loss) of plain models of a row's family, split, seed and width. [] if there is no full one."""
     points = sorted((other["cost"], other["val_loss"]) for other in others
                     if (other["model"], other["variant"]) == ("plain", "")
-                    and all(other[key] == row[key] for key in ("family", "split", "seed")))
+                    and all(other[key] == row[key] for key in ("family", "split", "seed", "n_embd")))
     return points if points and points[-1][0] == 1 else []
 
 
@@ -126,7 +126,7 @@ def table(rows):
             values = [row[column] for row in found if row.get(column, "") != ""]
             spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
             lines[-1].append(f"{statistics.mean(values):{form}}{spread}" if values else "")
-        above = [] if "chain" in key[0] else above_full(found, rows)        # a share of 0 says nothing
+        above = [] if "chain" in key[0] else above_full(found, rows)        # percentages of a loss near 0 mislead
         for values, form in ((above, ".2%"), (against_plain(found, rows), ".4f")):
             spread = f" ± {interval(values):{form}}" if len(values) > 1 else ""
             lines[-1].append(f"{statistics.mean(values):+{form}}{spread}" if values else "")
@@ -156,7 +156,7 @@ def draw(path, preset="chain", label="", own=(), own_plain=()):
             ("deep", "preset=deep-model=plain", (6, 8, 9, 10, 12), "o-", "0.6", "no gates, by layers"),
             ("deep", "deep-several", (8, 10, 12), "o--", "white", "the same, a loss after every block")):
         names = [name + (str(n) if face == "white" else f"-n_layer={n}" * (n < layers[-1])) for n in layers]
-        points = [put(panel, groups[name, "val"], color="0.6") for name in names]
+        points = [put(panel, groups[name, "val"], color="0.8" if face == "white" else "0.6") for name in names]
         axes[panel].plot(*zip(*points), line, color="0.6", lw=1, ms=5, mfc=face, label=label_of_line)
         for n, point in zip(layers, points):
             offset = (-4, -13) if face == "white" else (-11, 3) if n == 1 else (5, 5)
@@ -176,11 +176,11 @@ def draw(path, preset="chain", label="", own=(), own_plain=()):
     left.axvline(1.465, color="0.8", lw=1)          # if every token runs exactly the blocks that it needs
     left.axhline(0.01, color="0.8", lw=1, ls=":")
     left.annotate("needed: 1.46", (1.55, 0.8), color="0.5", fontsize=8)
-    left.annotate("limit of the leaderboard: 0.01", (6, 0.011), color="0.5", fontsize=8, ha="right")
+    left.annotate("limit: 0.01", (6, 0.011), color="0.5", fontsize=8, ha="right")
     left.set(yscale="log", xlabel="blocks per token", ylabel="loss", title="Puzzle: gates run fewer blocks")
     right.margins(x=0.1)
     right.set(ylim=(-1, 5), xlabel="multiply-adds (% of 12 plain layers)", ylabel="loss above 12 plain layers (%)",
-              title="Text: fewer layers do as well as gates")
+              title="Python: fewer layers do as well as gates")
     for panel in axes.values():
         panel.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)

@@ -105,8 +105,8 @@ def test_figure_shows_the_readers_row(trained, panels):
     """A star at its means; on text, its loss is relative to plain models of the same sweep and seed."""
     plot.main(["--svg=x.svg"])
     assert {call.kwargs.get("label") for call in panels[0].errorbar.call_args_list} == {None, *plot.MARKS}
-    drawn = {f"{x:.0f}%|{y:+.1f}%" for x, y in (call.args for call in panels[1].errorbar.call_args_list)}
-    cells = re.findall(r"\|(\d+%\|[+-]\d\.\d%)\|", (HERE / "README.md").read_text(encoding="utf-8"))
+    drawn = {f"{x:.0f}%|{y:+.2f}%" for x, y in (call.args for call in panels[1].errorbar.call_args_list)}
+    cells = re.findall(r"\|(\d+%\|[+-]\d\.\d\d%) ±", (HERE / "README.md").read_text(encoding="utf-8"))
     assert len(cells) == 4 and drawn >= set(cells)          # README's table on text
     sweep.main(["--gate=skip", "--svg=x.svg"])
     star = panels[0].errorbar.call_args
@@ -152,11 +152,11 @@ def test_models_are_compared_at_equal_multiply_adds_with_their_own_seed():
     assert plot.interval([1.0, 2.0, 6.0]) == pytest.approx(t * 7 ** 0.5 / 3 ** 0.5)
     def row(model, seed, cost, loss):
         return {"model": model, "run": f"{model}-lam=1", "family": "a", "split": "val", "variant": "", "seed": seed,
-                "cost": cost, "val_loss": loss, "val_loss_sparse": loss}
+                "n_embd": 8, "cost": cost, "val_loss": loss, "val_loss_sparse": loss}
     plain = [row("plain", seed, *point) for seed in (0, 1) for point in ((1, 1.0 + seed), (0.8, 1.1 + seed))]
     ours = [row("tsa", 0, 0.9, 1.0), row("tsa", 1, 0.8, 2.5), row("tsa", 1, 0.7, 2.5), row("tsa", 2, 1.0, 2.5)]
     others = [other | {"val_loss": 9.0} | changed for other in plain
-              for changed in ({"split": "test"}, {"family": "b"}, {"variant": "x"})]
+              for changed in ({"split": "test"}, {"family": "b"}, {"variant": "x"}, {"n_embd": 9})]
     assert plot.against_plain(ours, plain + others) == pytest.approx([1.0 - 1.05, 2.5 - 2.1])       # no extrapolation
     assert plot.above_full(ours, plain + others) == pytest.approx([0, 0.25, 0.25])
     assert plot.group(ours)["tsa-lam=1", "val"] == ours[1:]
