@@ -179,8 +179,8 @@ def draw(path, preset="chain", label="", own=(), own_plain=()):
     left.annotate("limit: 0.01", (6, 0.011), color="0.5", fontsize=8, ha="right")
     left.set(yscale="log", xlabel="blocks per token", ylabel="loss", title="Puzzle: gates run fewer blocks")
     right.margins(x=0.1)
-    right.set(ylim=(-1, 5), xlabel="multiply-adds (% of 12 plain layers)", ylabel="loss above 12 plain layers (%, 95% intervals)",
-              title="Python: fewer layers do as well as gates")
+    right.set(ylim=(-1, 5), title="Python: fewer layers do as well as gates",
+              xlabel="multiply-adds (% of 12 plain layers)", ylabel="loss above 12 plain layers (%, 95% intervals)")
     for panel in axes.values():
         panel.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
