@@ -1,8 +1,8 @@
 """
 Look inside a trained model:
 
-    python sample.py                        generate text; in a terminal, colors show the depth used
-    python sample.py --map                  show what each token would predict next, after each block
+    python sample.py                        write text with the newest model; in a terminal, colors show the depth used
+    python sample.py out/tsa-1 --map        show what each token would predict next, after each block
     python sample.py report/chain.pt        a map of a chain, with the correct answers
 """
 import argparse
@@ -15,7 +15,7 @@ import torch
 
 from data import chain_answers, encode
 from tsa import GATES, generate, load_checkpoint, saving
-from train import positive
+from train import DEVICE, bounded, existing_device
 
 SHIPPED = Path(__file__).resolve().parent / "report" / "python-skip.pt"
 BLUES = (195, 159, 117, 75, 33)         # terminal colors for gates from near 0 (pale) to 1 (deep)
@@ -74,23 +74,25 @@ def write_map(model, vocab, idx, sparse, answers):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Look inside a trained model.", allow_abbrev=False)
-    add = parser.add_argument
-    add("ckpt", type=Path, nargs="?", help="checkpoint (default: the newest out/*/ckpt.pt, or report/python-skip.pt)")
+    add, positive = parser.add_argument, bounded(int, 1)
+    add("path", type=Path, nargs="?", help="checkpoint, or folder of a run (default: the newest in out/ or, if there is "
+                                           "none, report/python-skip.pt)")
     add("--map", action="store_true", help="show each token's next prediction after each block; always on for chains")
     add("--prompt", help="text to continue or to map (default: stored in the checkpoint)")
     add("--gate", choices=GATES, help="gate design (default: the checkpoint's)")
     add("--sparse", action=argparse.BooleanOptionalAction,
-        help="skip blocks whose inference gate is 0 (default: yes, unless the gate is soft)")
+        help="skip blocks whose gate is 0 (default: yes, unless the gate is soft)")
     add("--max_new_tokens", type=positive, default=500, help="tokens to generate (default: 500)")
-    add("--temperature", type=float, default=0.8, help="0 picks the most likely token (default: 0.8)")
+    add("--temperature", type=bounded(float, 0), default=0.8, help="0 picks the most likely token (default: 0.8)")
     add("--top_k", type=positive, help="sample from the k most likely tokens (default: from all)")
-    add("--seed", type=int, default=0, help="random seed (default: 0)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps ...")
+    add("--seed", type=bounded(int, 0), default=0, help="random seed (default: 0)")
+    add("--device", type=existing_device, default=DEVICE, help="cpu, cuda, mps ...")
     args = parser.parse_args(argv)
 
-    path = args.ckpt or max(Path("out").glob("*/ckpt.pt"), key=os.path.getmtime, default=SHIPPED)
+    path = args.path or max(Path("out").glob("*/ckpt.pt"), key=os.path.getmtime, default=SHIPPED)
+    path = path / "ckpt.pt" if path.is_dir() else path
     try:
-        model, saved = load_checkpoint(path)
+        model, saved = load_checkpoint(path, **({"gate": args.gate} if args.gate else {}))
         config, vocab, task = model.config, saved["vocab"], saved["flags"]["data"]
         shows_map = args.map or task == "chain"             # a chain has no continuation
         prompt = saved["prompt"] if args.prompt is None else args.prompt
@@ -98,25 +100,28 @@ def main(argv=None):
             raise ValueError(f"--prompt needs at least one character and, for a map, at most {config.block_size}")
         idx = encode(prompt, vocab)[None].to(args.device)                       # (1, T)
         answers = chain_answers(prompt) if task == "chain" else None
-    except (OSError, ValueError, RuntimeError, AssertionError) as error:    # the last two: torch's, for the device
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     model.to(args.device)
-    config.gate = args.gate or config.gate
-    sparse = (config.model, config.gate) != ("tsa", "soft") if args.sparse is None else args.sparse
+    soft = (config.model, config.gate) == ("tsa", "soft")
+    sparse = not soft if args.sparse is None else args.sparse
     torch.manual_seed(args.seed)
     if shows_map:
         gates = write_map(model, vocab, idx, sparse, answers)
     else:
         gates = write_text(model, vocab, idx, args, sparse, end="$" if task in ("copy", "sort") else None)
-    summary = f"full: every token ran all {config.n_layer} blocks (--gate skip skips some)"
+    summary = f"full: every token ran all {config.n_layer} blocks" + " (--gate skip skips some)" * soft
     if sparse:
         ran = (gates != 0).double().mean(1).tolist()
-        saved = saving(config, ran, gates.size(1) if shows_map else None)
-        summary = f"sparse: a token ran {sum(ran):.2f} of {len(ran)} blocks, saving {saved:.1%} of the multiply-adds"
+        share = saving(model, ran, gates.size(1) if shows_map else None)
+        summary = f"sparse: a token ran {sum(ran):.2f} of {len(ran)} blocks, saving {share:.1%} of the multiply-adds"
     print(f"{path}, {summary}", file=sys.stderr)
 
 
 if __name__ == "__main__":
     if hasattr(sys.stdout, "reconfigure"):          # notebooks have none
         sys.stdout.reconfigure(errors="replace")    # for plain-ASCII terminals
-    main()
+    try:
+        main()
+    except BrokenPipeError:                         # as in `sample.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,10 +1,10 @@
 """
 Train and evaluate a model:
 
-    python train.py                                     a small version of the paper's model
-    python train.py --model plain                       the same without gates
-    python train.py --resume out/tsa-1                  continue an interrupted run
-    python train.py --resume out/tsa-1 --gate skip      score a finished one with another gate
+    python train.py                                             a small version of the paper's model
+    python train.py --model plain                               the same without gates
+    python train.py --resume out/tsa-1                          continue an interrupted run
+    python train.py --score out/tsa-1/ckpt.pt --gate skip       evaluate a model with another gate
     python train.py --preset chain --gate straight --halt --lam 0.03        a puzzle, in two minutes
 
 --help lists all flags. Each step's random numbers depend only on (seed, step), so that all designs are trained on the
@@ -15,6 +15,7 @@ import contextlib
 import itertools
 import json
 import math
+import shutil
 import sys
 import time
 from dataclasses import fields
@@ -27,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import data
 from tsa import GATES, MODELS, Config, load_checkpoint, saving, token_loss
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PRESETS = {     # override the defaults of the flags below
     "laptop": {},
     "deep": dict(data="stdlib", n_layer=12, learning_rate=3e-3, warmup_iters=300),
@@ -39,67 +41,85 @@ PRESETS = {     # override the defaults of the flags below
 }
 
 
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return value
+def bounded(kind, low, high=math.inf):
+    """A type for argparse: an int or a float from low to high."""
+    def number(text):
+        value = kind(text)
+        if low <= value <= high and math.isfinite(value):
+            return value
+        raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
+    return number
+
+
+def existing_device(text):
+    """A type for argparse: the name of a device that exists."""
+    try:
+        torch.ones(1, device=text)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(str(error).splitlines()[0]) from None
+    return text
 
 
 def parse_flags(argv):
-    """Return the flags and the checkpoint of the run to --resume (otherwise None)."""
+    """Return the flags, and the path of the checkpoint to resume or to score (otherwise None)."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-    add = parser.add_argument
+    add, positive = parser.add_argument, bounded(int, 1)
     add("--preset", choices=PRESETS, default="laptop", help="overrides the defaults below")
     add("--model", choices=MODELS, default=Config.model, help="the plain transformer, the paper's model, or early exit")
     add("--gate", choices=GATES, default=Config.gate, help="tsa: gate design, from GATES in tsa.py")
-    add("--gate_bias", type=float, default=Config.gate_bias, help="tsa: initial bias of the routers")
-    add("--halt", action="store_true", help="tsa: a token that skips one block skips all later ones")
-    add("--lam", type=float, default=0.001, help="tsa: weight of the depth loss, the mean gate of blocks 1, 2, ...")
-    add("--lam_ramp", type=float, default=0.0, help="tsa: share of training over which lam rises from 0")
-    add("--confidence", type=float, default=Config.confidence, help="exit: a token exits above this probability")
+    add("--gate_bias", type=bounded(float, -100, 100), default=Config.gate_bias, help="tsa: initial bias of a router")
+    add("--halt", action=argparse.BooleanOptionalAction, default=False, help="tsa: skip all blocks after a skipped one")
+    add("--lam", type=bounded(float, 0), default=0.001, help="tsa: weight of the depth loss (the mean gate)")
+    add("--lam_ramp", type=bounded(float, 0, 1), default=0.0, help="tsa: fraction of training in which lam rises")
+    add("--confidence", type=bounded(float, 0, 1), default=Config.confidence, help="exit: exit above this probability")
     add("--data", default="auto", help="shakespeare, enwik8, stdlib, copy, sort, chain, or the path of a text file; "
                                        "auto: shakespeare, or stdlib without internet access")
     add("--n_layer", type=positive, default=Config.n_layer, help="number of blocks")
     add("--n_head", type=positive, default=Config.n_head, help="number of attention heads")
     add("--n_embd", type=positive, default=Config.n_embd, help="embedding width")
     add("--block_size", type=positive, default=Config.block_size, help="context length in tokens")
-    add("--dropout", type=float, default=Config.dropout, help="dropout probability")
+    add("--dropout", type=bounded(float, 0, 1), default=Config.dropout, help="dropout probability")
     add("--batch_size", type=positive, default=32, help="sequences per step")
     add("--max_iters", type=positive, default=2400, help="training steps")
-    add("--learning_rate", type=float, default=1.5e-3, help="peak learning rate; cosine decay to 10%%")
-    add("--warmup_iters", type=int, default=100, help="steps of linear warm-up")
-    add("--eval_interval", type=positive, default=200, help="steps between evaluations, which also save a checkpoint")
-    add("--seed", type=int, default=0, help="random seed")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps ...")
+    add("--learning_rate", type=bounded(float, 0), default=1.5e-3, help="peak learning rate; cosine decay to 10%%")
+    add("--warmup_iters", type=bounded(int, 0), default=100, help="steps of linear warm-up")
+    add("--eval_interval", type=positive, default=200, help="steps between checkpoints, which are evaluated, too")
+    add("--seed", type=bounded(int, 0), default=0, help="random seed")
+    add("--device", type=existing_device, default=DEVICE, help="cpu, cuda, mps ...")
     add("--dtype", choices=("float32", "bfloat16"), help="precision of the training step")
     add("--compile", action="store_true", help="compile the loss with torch.compile")
-    folder = parser.add_mutually_exclusive_group()
-    folder.add_argument("--out_dir", type=Path, help="new output folder; None: out/MODEL-1, -2, ...")
-    folder.add_argument("--resume", type=Path, help="folder of a run to continue: its flags become the defaults")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--out_dir", type=Path, help="new output folder; None: out/MODEL-1, -2, ...")
+    where.add_argument("--resume", type=Path, help="folder of a run to continue (--max_iters and --device may change)")
+    where.add_argument("--score", type=Path, help="checkpoint to evaluate (--gate, --halt and --confidence may change)")
 
-    # Defaults, each replacing those before: the flags' own, the preset's, the resumed run's. A flag that is given wins.
+    # Defaults, each replacing those before: the flags' own, the preset's, the checkpoint's. A flag that is given wins.
     argv = sys.argv[1:] if argv is None else argv
     given, _ = parser.parse_known_args([flag for flag in argv if flag not in ("-h", "--help")])
     parser.set_defaults(dtype="bfloat16" if supports_bfloat16(given.device) else "float32", **PRESETS[given.preset])
-    saved = load_checkpoint(given.resume / "ckpt.pt")[1] if given.resume else None
-    if saved:
-        parser.set_defaults(**{name: value for name, value in saved["flags"].items() if name != "device"})
+    path = given.score or given.resume and given.resume / "ckpt.pt"
+    saved = load_checkpoint(path)[1] if path else {"flags": {}}
+    parser.set_defaults(**saved["flags"] | {"device": given.device})
     args = parser.parse_args(argv)
-    for name in ("preset", "model", "data", "n_layer", "n_head", "n_embd", "block_size"):
-        if saved and getattr(args, name) != saved["flags"][name]:
-            parser.error(f"--{name} cannot change in a resumed run")
+    may_change = ("device", "score", "gate", "halt", "confidence") if args.score else ("device", "resume", "max_iters")
+    for name, value in vars(args).items():
+        if name not in may_change and value != saved["flags"].get(name, value):
+            parser.error(f"--{name} cannot change: it is {saved['flags'][name]} in {path}")
+    if args.resume and "optimizer" not in saved:
+        parser.error(f"{path} has no state of the optimizer: use --score {path}")
+    if args.resume and args.max_iters < saved["step"]:
+        parser.error(f"--max_iters {args.max_iters}: this run is at step {saved['step']}")
     if args.out_dir and args.out_dir.exists():
         parser.error(f"--out_dir {args.out_dir} exists: to continue its run, use --resume {args.out_dir}")
     if args.n_embd % args.n_head:
         parser.error(f"--n_embd {args.n_embd} is not divisible by --n_head {args.n_head}")
     if args.n_layer == 1 and args.model != "plain":
         parser.error(f"--model {args.model} needs --n_layer 2 or more")
-    return args, saved
+    return args, path
 
 
 def supports_bfloat16(device):
-    if device == "cpu":
+    if device.startswith("cpu"):
         return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
 
@@ -107,36 +127,39 @@ def supports_bfloat16(device):
 @contextlib.contextmanager
 def precision(device, dtype):
     """The context of a training step's forward pass. On a CPU in bfloat16, the unfused attention kernel is faster."""
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)    # lets it sum in bfloat16 (on CPUs, too)
+    device = torch.device(device).type
     unfused = sdpa_kernel(SDPBackend.MATH) if (device, dtype) == ("cpu", "bfloat16") else contextlib.nullcontext()
-    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16"), unfused:
+    with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"), unfused:
         yield
 
 
 @torch.no_grad()
 def evaluate(model, idx, targets, sparse):
-    """Windows idx, targets (n, T) -> the mean loss, and the share of the tokens that ran each block."""
+    """Windows idx, targets (n, T) -> the mean loss, each block's mean gate, and the fraction of tokens that ran it."""
     model.eval()
-    device, loss, ran = model.wte.weight.device, 0, 0
+    device, loss, mean, ran = model.wte.weight.device, 0, 0, 0
     for x, y in zip(idx.split(64), targets.split(64)):
         logits, gates = model(x.to(device), sparse)                             # gates (L, B, T)
         loss += token_loss(logits, y.to(device)).sum().item()
+        mean += gates.sum((1, 2)).cpu()
         ran += (gates != 0).sum((1, 2)).cpu()
-    return loss / (targets >= 0).sum().item(), (ran / idx.numel()).tolist()
+    return loss / (targets >= 0).sum().item(), (mean / idx.numel()).tolist(), (ran / idx.numel()).tolist()
 
 
 def score(model, idx, targets):
-    """Evaluate a full and a sparse pass (identical for plain models). Print and return the scores."""
-    val_loss, ran = evaluate(model, idx, targets, sparse=False)
-    val_loss_sparse = val_loss
+    """Evaluate a full pass and, unless the model is plain, a sparse one. Print and return the scores."""
+    val_loss, gates, ran = evaluate(model, idx, targets, sparse=False)
+    val_loss_sparse, tlops_saved = val_loss, 1 - sum(gates) / len(gates)        # of the paper's token-layer operations
+    print(f"validation ({len(idx):,} windows)\nfull    loss {val_loss:.4f}  mean gates", *(f"{g:.2f}" for g in gates),
+          f" {tlops_saved:.1%} saved by the paper's count" if model.config.model == "tsa" else "")
     if model.config.model != "plain":
-        val_loss_sparse, ran = evaluate(model, idx, targets, sparse=True)
-    blocks, saved = sum(ran), saving(model.config, ran, idx.size(1))
-    print(f"validation loss {val_loss:.4f} full, {val_loss_sparse:.4f} sparse: a token runs {blocks:.2f} of {len(ran)} "
-          f"blocks, saving {saved:.1%} of the multiply-adds ({len(idx):,} windows)")
-    # The depth loss lowers the mean gate, but only gates of 0 save anything: a gate of 0.03 is open.
-    print("  open gates", *(f"{share:.2f}" for share in ran), " (share of the tokens that ran each block)")
-    return dict(val_loss=val_loss, val_loss_sparse=val_loss_sparse, blocks=blocks, saved=saved, ran=ran)
+        val_loss_sparse, _, ran = evaluate(model, idx, targets, sparse=True)
+    saved = saving(model, ran, idx.size(1))
+    if model.config.model != "plain":
+        print(f"sparse  loss {val_loss_sparse:.4f}  open gates", *(f"{share:.2f}" for share in ran),
+              f" {saved:.1%} of the multiply-adds saved")
+    return dict(val_loss=val_loss, val_loss_sparse=val_loss_sparse, tlops_saved=tlops_saved, blocks=sum(ran),
+                saved=saved, gates=gates, ran=ran)
 
 
 def seed_step(seed, step):
@@ -160,43 +183,34 @@ def schedule(step, warmup_iters, max_iters):
     return min(step / max(warmup_iters, 1), 1) * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def main(argv=None):
-    try:
-        args, saved = parse_flags(argv)
-        torch.ones(1, device=args.device)           # fails at once if there is no such device
-        if args.data == "auto":
-            args.data = data.shakespeare_or_stdlib()
-        corpus = data.load(args.data)
-        idx, targets = corpus.windows("val", args.block_size)                   # (n, T) each
-        if saved and saved["checksum"] != corpus.checksum():
-            raise ValueError(f"--data {args.data}: the text has changed since this run started")
-        numbered = (Path(f"out/{args.model}-{n}") for n in itertools.count(1))
-        out_dir = args.resume or args.out_dir or next(path for path in numbered if not path.exists())
-        out_dir.mkdir(parents=True, exist_ok=bool(args.resume))
-    except (OSError, ValueError, RuntimeError, AssertionError) as error:    # the last two: torch's, for the device
-        sys.exit(f"error: {error}")
-
-    seed_step(args.seed, 0)
-    sizes = {field.name: getattr(args, field.name) for field in fields(Config) if field.name in args}
-    config = Config(vocab_size=len(corpus.vocab), **sizes)
-    model = MODELS[args.model](config).to(args.device)
-    routers = getattr(model, "routers", [])
-    optimizer = make_optimizer(model)
-    run = {"config": vars(config), "flags": {k: v for k, v in vars(args).items() if k not in ("resume", "out_dir")},
-           "vocab": corpus.vocab, "prompt": corpus.prompt[:args.block_size], "checksum": corpus.checksum(),
-           "step": 0}
+def fit(model, args, corpus, saved, out_dir):
+    """Train the model, and save checkpoints and the result in out_dir. `saved` is the checkpoint to resume, or None."""
+    idx, targets = corpus.windows("val", args.block_size)                       # (n, T) each
+    stride = max(len(idx) // 256, 1)    # evaluations during training use about 256 windows, spread over the split
+    optimizer, routers = make_optimizer(model), getattr(model, "routers", None)
+    step = first = saved["step"] if saved else 0
     if saved:
-        model.load_state_dict(saved["model"])
-        run["step"] = saved["step"]
-        if run["step"] < args.max_iters:        # otherwise, the model is only scored
-            optimizer.load_state_dict(saved["optimizer"])
-    loss_of = torch.compile(model.loss) if args.compile else model.loss
-    print(*(f"{name}={value}" for name, value in run["flags"].items()))
+        optimizer.load_state_dict(saved["optimizer"])
+    flags = {name: value for name, value in vars(args).items() if name not in ("out_dir", "resume", "score")}
+    run = {"config": vars(model.config), "flags": flags, "vocab": corpus.vocab, "checksum": corpus.checksum(),
+           "prompt": corpus.prompt[:args.block_size]}
+    print(*(f"{name}={value}" for name, value in flags.items()))
     print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters, checkpoints in {out_dir}")
+    loss_of = torch.compile(model.loss) if args.compile else model.loss
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)    # makes the unfused kernel faster, on CPUs, too
+    began, saves = time.perf_counter(), True
+    while True:
+        if saves:
+            run |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+            torch.save(run, out_dir / "ckpt.tmp")
+            (out_dir / "ckpt.tmp").replace(out_dir / "ckpt.pt")     # so ckpt.pt is always complete
+            score(model, idx[::stride], targets[::stride])
+        if step == args.max_iters:
+            break
 
-    first, began = run["step"], time.perf_counter()
-    for step in range(first + 1, args.max_iters + 1):
-        model.train()       # evaluation leaves it in eval mode
+        step += 1
+        saves = step % args.eval_interval == 0 or step == args.max_iters
+        model.train()           # evaluation leaves it in eval mode
         seed_step(args.seed, step)
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * schedule(step, args.warmup_iters, args.max_iters)
@@ -207,33 +221,61 @@ def main(argv=None):
             task_loss, gates = loss_of(x, y)                                    # gates (L, B, T)
             loss = task_loss + (lam * model.depth_loss(gates) if routers else 0)
         loss.backward()
-        if routers and step == 1 and not any(p.grad is not None and p.grad.any() for p in model.routers.parameters()):
+        if routers and step == 1 and not any(p.grad is not None and p.grad.any() for p in routers.parameters()):
+            shutil.rmtree(out_dir)      # so that the same command works once the gate has been repaired
             sys.exit(f"error: --gate {args.gate} passes no gradient to the routers at their initial scales")
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-
-        evaluates = step % args.eval_interval == 0 or step == args.max_iters
-        if step % 20 == 0 or evaluates:
+        if saves or step % 20 == 0:
             if not torch.isfinite(norm):
                 raise FloatingPointError("the gradient is not finite: lower --learning_rate")
-            seconds = (time.perf_counter() - began) / (step - first)    # per step, including evaluations
+            seconds = (time.perf_counter() - began) / (step - first)      # per step, with evaluations
             print(f"step {step}/{args.max_iters}  loss {task_loss.item():.4f}  gates",
                   *(f"{gate:.2f}" for gate in gates.mean((1, 2)).tolist()), f" {1000 * seconds:.0f} ms/step, "
                   f"{seconds * (args.max_iters - step) / 60:.1f} min left", flush=True)
-        if evaluates:
-            score(model, idx[:64], targets[:64])
-            run |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-            torch.save(run, out_dir / "ckpt.tmp")
-            (out_dir / "ckpt.tmp").replace(out_dir / "ckpt.pt")     # so ckpt.pt is always complete
 
-    print(f"scoring the whole validation split ({len(idx):,} windows)")
-    result = run["config"] | run["flags"] | score(model, idx, targets)
-    if first < args.max_iters or not (out_dir / "result.json").exists():
-        (out_dir / "result.tmp").write_text(json.dumps(result, indent=1))
-        (out_dir / "result.tmp").replace(out_dir / "result.json")
-        print(f"to look inside: python sample.py {out_dir}/ckpt.pt (with or without --map)")
+    result = run["config"] | flags | score(model, idx, targets)
+    (out_dir / "result.json").write_text(json.dumps(result, indent=1))
+    print(f"to look inside: python sample.py {out_dir} (with or without --map)")
+
+
+def main(argv=None):
+    try:
+        args, path = parse_flags(argv)
+        if args.data == "auto":
+            args.data = data.shakespeare_or_stdlib()
+        corpus, saved = data.load(args.data), None
+        idx, targets = corpus.windows("val", args.block_size)
+        if path:
+            model, saved = load_checkpoint(path, gate=args.gate, halt=args.halt, confidence=args.confidence)
+            if saved["vocab"] != corpus.vocab or args.resume and saved["checksum"] != corpus.checksum():
+                raise ValueError(f"--data {args.data}: the text has changed since this model was trained")
+        else:
+            seed_step(args.seed, 0)
+            sizes = {field.name: getattr(args, field.name) for field in fields(Config) if field.name in args}
+            model = MODELS[args.model](Config(vocab_size=len(corpus.vocab), **sizes))
+        model.to(args.device)
+        numbered = (Path(f"out/{args.model}-{n}") for n in itertools.count(1))
+        out_dir = args.resume or args.out_dir or next(folder for folder in numbered if not folder.exists())
+        if not args.score:
+            out_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    if args.score:
+        score(model, idx, targets)
+        return
+    try:
+        fit(model, args, corpus, saved, out_dir)
+    except KeyboardInterrupt:
+        if (out_dir / "ckpt.pt").exists():
+            raise KeyboardInterrupt(f"To continue: python train.py --resume {out_dir}") from None
+        shutil.rmtree(out_dir)
+        raise
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt as stop:
+        sys.exit(f"\ninterrupted. {stop}")

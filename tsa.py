@@ -14,14 +14,15 @@ After every block but the last, a router computes from x the probability p that 
 
 Nothing is sampled. A model with gates runs in two ways:
 
-    model(idx)                  full: every block is computed for every token, scaled by the training gates
-    model(idx, sparse=True)     sparse: a token whose inference gate is 0 skips the block and keeps its x
+    model(idx)                  full: every block is computed for every token and scaled by its gate, as in training
+    model(idx, sparse=True)     sparse: a token whose gate is 0 skips the block and keeps its x
 
-A skip saves about 80% of a block: keys, values and attention scores are computed for all tokens.
+A skip saves only about 80% of a block, because keys, values and attention scores are computed for all tokens.
 Shapes: B sequences of T tokens, C = n_embd channels, nh heads of size hs = C / nh, V characters, L blocks. In a sparse
 pass, N of the B * T tokens run a block. S tokens per sequence have keys and values: T, or more with a cache.
 """
-from dataclasses import dataclass, replace
+import zipfile
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -45,36 +46,14 @@ class Config:
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Gate designs: the place to experiment. A design is a pair of functions of the scale 1 - p (B, T). The first returns
-# the gate for training (a full pass), the second the gate for inference (a sparse pass). Both return floats and treat
-# each token by itself; the first must pass a gradient.
-
-def soft(scale):
-    """The paper's gate in training, equation (4)."""
-    return scale
-
-def binary(scale):
-    """The paper's gate at inference: a switch."""
-    return (scale >= 0.5).float()
-
-def skip(scale):
-    """The soft gate at inference, but 0 for scales below 0.1."""
-    return scale * (scale >= 0.1)
-
-def stretch(scale):
-    """A gate that is exactly 0 up to a scale of 1/7, and runs as it was trained."""
-    return (1.4 * scale - 0.2).clamp(0, 1)          # hard concrete without noise (Louizos et al. 2018, 1712.01312)
-
-def straight(scale):
-    """A switch in the forward pass, with the scale's gradient in the backward pass (straight-through)."""
-    return binary(scale) + (scale - scale.detach())             # the difference is 0 in the forward pass
-
-# name: (training gate, inference gate)
-GATES = {"soft": (soft, binary), "skip": (soft, skip), "stretch": (stretch, stretch), "straight": (straight, binary)}
-
+# Gates: the place to experiment.
 
 class Router(nn.Module):
-    """The router, equation (3): x (B, T, C) -> p (B, T), the probability that a token skips the next block."""
+    """
+    Computes the gate of the next block from the state after the last one. A design is a subclass that overrides `gate`,
+    `scale` or `sparse_gate`, and may have parameters and buffers of its own. A token's gate must not depend on other
+    tokens: when the model generates text, x holds only the newest one.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -82,10 +61,52 @@ class Router(nn.Module):
         self.fc = nn.Linear(config.n_embd, width)
         self.out = nn.Linear(width, 1)
         nn.init.constant_(self.out.bias, config.gate_bias)
+        self.halt = config.halt
 
-    def forward(self, x):
-        # The sigmoid runs in float32: bfloat16 would round a p near 1 to 1, and its gate to 0.
-        return torch.sigmoid(self.out(F.relu(self.fc(x))).squeeze(-1).float())
+    def forward(self, x, gates, sparse=False):
+        """x (B, T, C), gates [(B, T), ...] of blocks 0 (ones), 1, ... so far -> the gate of the next block (B, T)."""
+        scale = self.scale(x, gates)
+        gate = self.sparse_gate(scale) if sparse else self.gate(scale)
+        return gate * gates[-1] if self.halt else gate
+
+    def scale(self, x, gates):
+        """Equation (3): 1 - p (B, T), in float32, because bfloat16 would round a p near 1 to 1."""
+        return 1 - torch.sigmoid(self.out(F.relu(self.fc(x))).squeeze(-1).float())
+
+    def gate(self, scale):
+        """Equation (4). Evaluation calls this, too: a design with noise adds it only `if self.training`."""
+        return scale
+
+    def sparse_gate(self, scale):
+        """The gate of a sparse pass: the same, unless a design runs with other gates than it was trained with."""
+        return self.gate(scale)
+
+
+class Soft(Router):
+    """The paper's design: the gate is the scale in training, and is rounded to 0 or 1 in a sparse pass."""
+    def sparse_gate(self, scale):
+        return (scale >= 0.5).float()
+
+
+class Skip(Router):
+    """The paper's gate, but a sparse pass rounds only gates below 0.1."""
+    def sparse_gate(self, scale):
+        return scale * (scale >= 0.1)
+
+
+class Stretch(Router):
+    """A gate that is exactly 0 up to a scale of 1/7, and 1 from 6/7."""
+    def gate(self, scale):
+        return (1.4 * scale - 0.2).clamp(0, 1)          # hard concrete without noise (Louizos et al. 2018, 1712.01312)
+
+
+class Straight(Router):
+    """A switch in the forward pass, with the scale's gradient in the backward pass (straight-through)."""
+    def gate(self, scale):
+        return (scale >= 0.5).float() + (scale - scale.detach())        # the difference is 0 in the forward pass
+
+
+GATES = {"soft": Soft, "skip": Skip, "stretch": Stretch, "straight": Straight}
 
 
 class Attention(nn.Module):
@@ -101,26 +122,29 @@ class Attention(nn.Module):
         self.proj = nn.Linear(C, C, bias=False)
         self.cache = None       # in generate(): [kv (B, block_size, 2C), the number of cached tokens]
 
+    def keys_and_values(self, h):
+        """h (B, T, C) -> the keys and values of all S tokens (B, S, 2C), those in the cache included."""
+        kv = self.key_value(h)
+        if self.cache is None:
+            return kv
+        buffer, start = self.cache
+        end = self.cache[1] = start + kv.size(1)
+        buffer[:, start:end] = kv
+        return buffer[:, :end]
+
     def forward(self, h, kv, rows=None):
         """h (B, T, C), keys and values kv (B, S, 2C) -> (B, T, C), or (N, C) for the N tokens of `rows` (see Block)."""
         B, T, C = h.shape
         q = self.query(h if rows is None else h[rows])
         if rows is not None:
             q = q.new_zeros(B, T, C).index_put(rows, q)     # 0 for tokens that skip: is_causal needs T queries
-        q = q.view(B, T, self.n_head, -1).transpose(1, 2)                       # (B, nh, T, hs)
-        k, v = kv.view(B, -1, 2, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, nh, S, hs) each
+        assert T in (1, kv.size(1)), "with tokens in the cache, pass one at a time"     # is_causal assumes S = T
+        # q (B, nh, T, hs), k and v (B, nh, S, hs)
+        q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in (q, *kv.chunk(2, dim=-1)))
         dropout_p = self.dropout if self.training else 0.0
-        # A single query comes from the newest token, which attends to all S keys; otherwise, S = T.
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=T > 1)
         y = y.transpose(1, 2).flatten(2)                                        # (B, T, C)
         return self.proj(y if rows is None else y[rows])
-
-    def append_to_cache(self, kv):
-        """Keys and values kv (B, T, 2C) of the newest tokens -> those of all S tokens (B, S, 2C)."""
-        buffer, start = self.cache
-        end = self.cache[1] = start + kv.size(1)
-        buffer[:, start:end] = kv
-        return buffer[:, :end]
 
 
 class FeedForward(nn.Module):
@@ -153,9 +177,7 @@ class Block(nn.Module):
         whose gate is not 0 are computed: same gate, same result.
         """
         h = self.ln1(x)
-        kv = self.attn.key_value(h)             # of all tokens: running ones attend to skipping ones, too
-        if self.attn.cache is not None:         # only in generate()
-            kv = self.attn.append_to_cache(kv)                                  # (B, S, 2C)
+        kv = self.attn.keys_and_values(h)       # of all tokens: those that run the block attend to those that skip it
         if gate is None:
             x = x + self.attn(h, kv)
             return x + self.ffn(self.ln2(x))
@@ -224,21 +246,16 @@ class TSA(Transformer):
 
     def __init__(self, config):
         super().__init__(config)
-        self.routers = nn.ModuleList(Router(config) for _ in range(config.n_layer - 1))
+        self.routers = nn.ModuleList(GATES[config.gate](config) for _ in range(config.n_layer - 1))
 
     def forward(self, idx, sparse=False):
-        training_gate, inference_gate = GATES[self.config.gate]
-        make_gate = inference_gate if sparse else training_gate
         first, *others = self.blocks
         # Block 0 has no gate, because before it has run, x says nothing about the context.
         x = first(self.embed(idx))                                              # (B, T, C)
         gates = [torch.ones(idx.shape, device=idx.device)]
         for router, block in zip(self.routers, others):
-            gate = make_gate(1 - router(x))                                     # (B, T)
-            if self.config.halt:
-                gate = gate * gates[-1]
-            x = block(x, gate, sparse)
-            gates.append(gate)
+            gates.append(router(x, gates, sparse))                              # (B, T)
+            x = block(x, gates[-1], sparse)
         return self.head(self.ln_f(x)), torch.stack(gates)
 
     def depth_loss(self, gates):
@@ -287,12 +304,18 @@ MODELS = {"plain": Transformer, "tsa": TSA, "exit": Exit}
 # ----------------------------------------------------------------------------------------------------------------
 # Checkpoints, what skipping saves, and generation. You can skip this part on a first reading.
 
-def load_checkpoint(path):
-    """Return the model of a ckpt.pt, in eval mode on the CPU, and the saved dictionary. Raise OSError or ValueError."""
+def load_checkpoint(path, **changes):
+    """
+    Return the model of a ckpt.pt, in eval mode on the CPU, and the saved dictionary. `changes` replace fields of its
+    Config, such as gate. Raise OSError or ValueError if that fails.
+    """
     with open(path, "rb") as file:
         try:
             saved = torch.load(file, map_location="cpu", weights_only=True)
-            config, state = Config(**saved["config"]), saved["model"]
+            config, state = Config(**saved["config"] | changes), saved["model"]
+            # A checkpoint is a zip archive, whose checksums torch does not verify.
+            if zipfile.ZipFile(file).testzip() or not {"vocab", "prompt", "flags"} <= saved.keys():
+                raise ValueError
         except Exception:       # torch raises many kinds, and recommends an unsafe load
             raise ValueError(f"{path} is damaged or from another version of train.py") from None
     if config.model not in MODELS or config.gate not in GATES:
@@ -305,23 +328,27 @@ def load_checkpoint(path):
     return model.eval(), saved
 
 
-def multiply_adds(config, ran, T=None):
+def multiply_adds(model, ran, T=None):
     """Multiply-adds per token in a pass over T tokens (default: block_size), if a share ran[l] of them runs block l."""
-    C, L, T = config.n_embd, len(ran), T or config.block_size
-    head = C * config.vocab_size
-    # For all tokens: keys and values, and attention to T / 2 keys on average (C for the score, C for the value). For
-    # those that run a block: query and output projection (1 C^2 each), and feed-forward (8 C^2).
-    total = L * (2 * C * C + T / 2 * 2 * C) + sum(ran) * 10 * C * C + head
-    if config.model == "exit":
-        total += (L - 2) * head                             # predictions of all tokens after blocks 1 to L - 2
-    elif config.model != "plain":
-        total += (L - 1) * (C + 1) * max(C // 4, 16)        # routers
+    def size(*modules):         # of their matrices: one multiply-add per weight and token
+        return sum(weight.numel() for module in modules for weight in module.parameters() if weight.dim() == 2)
+
+    T, head = T or model.config.block_size, size(model.wte)
+    total = head + size(*getattr(model, "routers", []))
+    for share, block in zip(ran, model.blocks):
+        # All tokens: keys and values, and attention to T / 2 keys on average (C for the score, C for the value)
+        key_value = size(block.attn.key_value)
+        total += key_value + T * model.config.n_embd + share * (size(block) - key_value)
+    if isinstance(model, Exit):
+        total += (len(ran) - 2) * head                      # predictions of all tokens after blocks 1 to L - 2
     return total
 
 
-def saving(config, ran, T=None):
+def saving(model, ran, T=None):
     """The share of a plain model's multiply-adds that skipping saves (negative if the routers cost more)."""
-    return 1 - multiply_adds(config, ran, T) / multiply_adds(replace(config, model="plain"), [1] * len(ran), T)
+    with torch.device("meta"):                              # without memory for its weights
+        plain = Transformer(model.config)
+    return 1 - multiply_adds(model, ran, T) / multiply_adds(plain, [1] * len(ran), T)
 
 
 @torch.inference_mode()
@@ -330,23 +357,24 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, sparse=Tru
     Continue idx (B, T). For each step, yield the new tokens (B, 1) and the gates (L, B) of those that predicted them.
     When the text outgrows the context, generation restarts from its last block_size // 2 tokens, at position 0.
     """
-    block_size, new = model.config.block_size, None
-    try:
-        for _ in range(max_new_tokens):
-            if idx.size(1) > block_size:
-                idx, new = idx[:, -max(block_size // 2, 1):], None
-            if new is None:         # at the start, and when the context was full
-                new = idx
-                for block in model.blocks:
-                    block.attn.cache = [model.wte.weight.new_empty(len(idx), block_size, 2 * model.config.n_embd), 0]
+    block_size, caches = model.config.block_size, None
+    for _ in range(max_new_tokens):
+        if idx.size(1) > block_size:
+            idx, caches = idx[:, -max(block_size // 2, 1):], None
+        if caches is None:          # at the start, and when the context was full
+            new, kv = idx, model.wte.weight.new_empty(len(model.blocks), len(idx), block_size, 2 * model.config.n_embd)
+            caches = [[buffer, 0] for buffer in kv]
+        try:
+            for block, cache in zip(model.blocks, caches):
+                block.attn.cache = cache
             logits, gates = model(new, sparse)
-            logits = logits[:, -1] / max(temperature, 1e-6)                     # (B, V)
-            if top_k is not None:
-                smallest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-                logits[logits < smallest] = -torch.inf
-            new = torch.multinomial(F.softmax(logits, dim=-1), 1)               # (B, 1)
-            idx = torch.cat([idx, new], dim=1)
-            yield new, gates[:, :, -1]
-    finally:
-        for block in model.blocks:
-            block.attn.cache = None
+        finally:
+            for block in model.blocks:
+                block.attn.cache = None
+        logits = logits[:, -1] / max(temperature, 1e-6)                     # (B, V)
+        if top_k is not None:
+            smallest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+            logits[logits < smallest] = -torch.inf
+        new = torch.multinomial(F.softmax(logits, dim=-1), 1)               # (B, 1)
+        idx = torch.cat([idx, new], dim=1)
+        yield new, gates[:, :, -1]

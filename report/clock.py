@@ -19,10 +19,18 @@ from pathlib import Path
 import torch
 
 import data
-from tsa import GATES, MODELS, Config, generate, load_checkpoint, multiply_adds
+from tsa import GATES, MODELS, Config, Router, generate, load_checkpoint, multiply_adds
 
 WORKS = ("prefill 64", "prefill 8", "prefill 1", "decode 8", "decode 1")        # and the batch size
 SHARES = (0.726, 0.5, 0.3)      # 0.726 is the mean gate that the paper reports on Tiny-Shakespeare
+
+
+def random_gates(share):
+    """A design whose gates are open at random, for a share of the tokens."""
+    class Random(Router):
+        def gate(self, scale):
+            return (torch.rand_like(scale) < share).float()
+    return Random
 
 
 def gates_of(model, work, idx):
@@ -48,7 +56,7 @@ def clock(models, text, work, B, seconds, device):
     idx, T = text.repeat(int(B) // len(text) + 1, 1)[:int(B)], text.size(1)
     calls = [partial(gates_of, model, work, idx) for model in models.values()]
     shares = [(call() != 0).double().mean((1, 2)).tolist() for call in calls]           # also the warm-up
-    products = [multiply_adds(model.config, ran, T) for model, ran in zip(models.values(), shares)]
+    products = [multiply_adds(model, ran, T) for model, ran in zip(models.values(), shares)]
     rounds, end = [], time.perf_counter() + seconds
     while len(rounds) < 3 or time.perf_counter() < end:
         rounds.append([seconds_of(call, device) for call in calls])
@@ -75,13 +83,16 @@ def main(argv=None):
     torch.manual_seed(0)
     own, config = {}, Config(n_head=8, n_embd=args.n_embd, block_size=256)
     text = torch.randint(config.vocab_size, (64, config.block_size))
-    for path in args.ckpts:
-        own[str(path)], saved = load_checkpoint(path)
-        config = own[str(path)].config
-        text = data.load(saved["flags"]["data"]).windows("val", config.block_size)[0]
+    try:
+        for path in args.ckpts:
+            own[str(path)], saved = load_checkpoint(path)
+            config = own[str(path)].config
+            text = data.load(saved["flags"]["data"]).windows("val", config.block_size)[0]
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     for share in () if args.ckpts else SHARES:
         gate = f"random {share}"
-        GATES[gate] = (None, lambda scale, share=share: (torch.rand_like(scale) < share).float())
+        GATES[gate] = random_gates(share)
         own[gate] = MODELS["tsa"](replace(config, gate=gate))
     models = {f"plain {n}": MODELS["plain"](replace(config, model="plain", n_layer=n)) for n in args.layers} | own
     models = {name: model.to(args.device).eval() for name, model in models.items()}

@@ -1,0 +1,199 @@
+"""
+Score finished runs, add their rows to results.csv, and print all rows as means over seeds:
+
+    python -m report.results out/sweep-1a2b3c4d/preset*=? --about commit=abc threads=1
+"""
+import argparse
+import csv
+import json
+import statistics
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+import train
+from tsa import MODELS, Config, load_checkpoint, multiply_adds, token_loss
+
+CSV = Path(__file__).resolve().parent / "results.csv"
+CONFIDENCES = (0.4, 0.5, 0.6, 0.75, 0.9, 0.95)          # early exit: each makes a row
+SIZES = ("n_layer", "n_embd", "block_size", "vocab_size")
+SCORES = dict(tlops_saved=".1%", val_loss=".4f", val_loss_sparse=".4f", blocks=".2f", cost=".1%", accuracy=".1%",
+              exact=".0%", correlation=".2f", correlation_nonblank=".2f")
+COLUMNS = ("family", "run", "split", "seed", "model", "gate", *SIZES, *SCORES, "fifths", "fifths_nonblank", "processor",
+           "threads", "commit")
+# Means over n seeds: the 97.5% quantile of Student's t with n - 1 degrees of freedom
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
+
+
+def cost(row):
+    """The multiply-adds of a sparse pass, as a fraction of those of the full plain model."""
+    config, L = Config(**{name: row[name] for name in ("model", "gate", *SIZES)}), row["n_layer"]
+    full = replace(config, n_layer=12 if row["family"] == "deep" else 6)
+    with torch.device("meta"):
+        model, plain = MODELS[config.model](config), MODELS["plain"](full)
+    return multiply_adds(model, [row["blocks"] / L] * L) / multiply_adds(plain, [1] * full.n_layer)
+
+
+def blocks_needed(text):
+    """The blocks that each token of a chain needs. All tokens hop at once, so n blocks make up to 2^n - 1 hops."""
+    hops = []
+    for c in text:
+        hops.append(0 if c in data.DIGITS else 1 + hops[data.LETTERS.index(c)])
+    return [max(n.bit_length(), 1) for n in hops]           # every token runs block 0
+
+
+def chain_scores(model, vocab, idx, targets):
+    """The fraction of right answers, and of tokens that run as many blocks as they need, if that is more than one."""
+    logits, gates = model(idx, sparse=True)
+    needed = torch.tensor([blocks_needed([vocab[i] for i in text]) for text in idx])
+    exact = (gates != 0).sum(0) == needed
+    return {"accuracy": (logits.argmax(-1) == targets).double().mean().item(),
+            "exact": exact[needed > 1].double().mean().item()}
+
+
+@cache
+def plain_losses(folder):
+    """The loss of each validation token under the plain model in a folder, (n, T)."""
+    model, saved = load_checkpoint(folder / "ckpt.pt")
+    idx, targets = data.load(saved["flags"]["data"]).windows("val", model.config.block_size)
+    return torch.cat([token_loss(model(x)[0], y) for x, y in zip(idx.split(64), targets.split(64))])
+
+
+def depth_scores(model, vocab, idx, losses):
+    """
+    Do harder tokens run more blocks? How hard a token is says its loss under a plain model (n, T). Return its
+    correlation with the number of blocks, and the mean number for each fifth of the tokens, the easiest first; both
+    also without blanks. For the paper's gate, the number is the sum of the gates in a full pass.
+    """
+    soft, depth = model.config.gate == "soft", []
+    for x in idx.split(64):
+        gates = model(x, sparse=not soft)[1]
+        depth.append((gates if soft else (gates != 0).float()).sum(0))
+    depth, is_blank, scores = torch.cat(depth), torch.tensor([c.isspace() for c in vocab])[idx], {}
+    for name, chosen in (("", losses >= 0), ("_nonblank", ~is_blank)):
+        fifths = depth[chosen][losses[chosen].argsort()].chunk(5)
+        scores["correlation" + name] = torch.corrcoef(torch.stack([depth[chosen], losses[chosen]]))[0, 1].item()
+        scores["fifths" + name] = json.dumps([round(fifth.mean().item(), 2) for fifth in fifths])
+    return scores
+
+
+@torch.no_grad()
+def score(folder, about):
+    """
+    Return a run's rows, on validation and unseen data. On validation data, a run of `skip` also makes a row of the
+    paper's gate (same weights), and one of early exit makes a row for each of CONFIDENCES.
+    """
+    saved = load_checkpoint(folder / "ckpt.pt")[1]
+    flags, run, rows = saved["flags"], folder.name.partition("-seed=")[0], []
+    variants = {run: {}}
+    if saved["config"]["model"] == "exit":
+        variants = {f"{run}-confidence={value}": {"confidence": value} for value in CONFIDENCES}
+    elif saved["config"]["gate"] == "skip":
+        variants[run.replace("gate=skip", "gate=soft")] = {"gate": "soft"}
+    corpus, is_chain = data.load(flags["data"]), flags["data"] == "chain"
+    family = flags["data"] if flags["preset"] == "laptop" else flags["preset"]
+    shared = f"-data={flags['data']}" if family == flags["data"] else ""
+    plain = folder.with_name(f"preset={flags['preset']}-model=plain{shared}-seed={flags['seed']}")
+    for run, changes in variants.items():
+        model, _ = load_checkpoint(folder / "ckpt.pt", **changes)
+        T = model.config.block_size
+        for split in ("val",) if changes else ("val", "test"):
+            windows = data.chain(seed=1).windows("val", T) if is_chain and split == "test" else corpus.windows(split, T)
+            row = flags | vars(model.config) | {"family": family, "run": run, "split": split} | about
+            row |= train.score(model, *windows)
+            if is_chain:
+                row |= chain_scores(model, corpus.vocab, *windows)
+            elif split == "val" and model.config.model == "tsa" and (plain / "ckpt.pt").exists():
+                row |= depth_scores(model, corpus.vocab, windows[0], plain_losses(plain))
+            rows.append(row | {"cost": cost(row)})
+    return rows
+
+
+def read_csv():
+    with open(CSV, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row |= {name: json.loads(row[name]) for name in ("seed", *SIZES, *SCORES) if row[name]}
+    return rows
+
+
+def group(rows):
+    """Rows -> lists that differ only in the seed, by (run, split). Seed 0, which chose, is out if there are enough."""
+    groups = {}
+    for row in rows:
+        groups.setdefault((row["run"], row["split"]), []).append(row)
+    return {key: [row for row in found if row["seed"] > 0 or len(found) <= 3] for key, found in groups.items()}
+
+
+def interval(values):
+    """The half-width of the 95% interval of the mean (nan for a single value)."""
+    return T_95[len(values)] * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+
+
+def plain_points(row, others):
+    """Sorted (cost, loss) of plain models of a row's family, split, seed and width. [] if there is no full one."""
+    points = sorted((other["cost"], other["val_loss"]) for other in others if other["model"] == "plain"
+                    and all(other[key] == row[key] for key in ("family", "split", "seed", "n_embd")))
+    return points if points and points[-1][0] == 1 else []
+
+
+def above_full(rows, others, loss="val_loss_sparse"):
+    """Losses relative to the full plain model of the same seed: 0.01 is 1% above it."""
+    points = [(row, plain_points(row, others)) for row in rows]
+    return [row[loss] / found[-1][1] - 1 for row, found in points if found]
+
+
+def against_plain(rows, others):
+    """Sparse losses minus those of plain models of the same seed and multiply-adds (interpolated, not extrapolated)."""
+    points = [(row, plain_points(row, others)) for row in rows]
+    return [row["val_loss_sparse"] - np.interp(row["cost"], *zip(*found)) for row, found in points
+            if found and found[0][0] <= row["cost"] <= 1]
+
+
+def table(rows):
+    """
+    Rows -> lines of cells: run, split, number of seeds, means and standard deviations of SCORES; then, with 95%
+    intervals, the full and the sparse loss above the full plain model (on text), and the sparse loss against_plain.
+    """
+    lines = []
+    for key, found in sorted(group(rows).items()):
+        lines.append([*key, str(len(found))])
+        for column, form in SCORES.items():
+            values = [row[column] for row in found if row.get(column, "") != ""]
+            spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+            lines[-1].append(f"{statistics.mean(values):{form}}{spread}" if values else "")
+        above = [[], []]                # of chains, no percentages: those of a loss near 0 would mislead
+        if found[0]["family"] != "chain":
+            above = [above_full(found, rows, loss) for loss in ("val_loss", "val_loss_sparse")]
+        for values, form in ((above[0], ".2%"), (above[1], ".2%"), (against_plain(found, rows), ".4f")):
+            spread = f" ± {interval(values):{form}}" if len(values) > 1 else ""
+            lines[-1].append(f"{statistics.mean(values):+{form}}{spread}" if values else "")
+    return lines
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folders", type=Path, nargs="*", help="folders of finished runs, whose rows are added")
+    parser.add_argument("--about", nargs="*", default=[], help="other columns of the new rows, as NAME=VALUE")
+    args = parser.parse_args(argv)
+    rows, about = read_csv(), dict(pair.split("=", 1) for pair in args.about)
+    try:
+        new = [row for folder in args.folders for row in score(folder, about)]
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    if new:             # a row of an earlier run with the same name and seed is replaced
+        rows = list({(row["run"], row["split"], row["seed"]): row for row in rows + new}.values())
+        with open(CSV, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+    for line in table(rows):
+        print(*line, sep="|")
+
+
+if __name__ == "__main__":
+    main()
