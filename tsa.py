@@ -138,9 +138,9 @@ class Attention(nn.Module):
         q = self.query(h if rows is None else h[rows])
         if rows is not None:
             q = q.new_zeros(B, T, C).index_put(rows, q)     # 0 for tokens that skip: is_causal needs T queries
-        assert T in (1, kv.size(1)), "with tokens in the cache, pass one at a time"     # is_causal assumes S = T
-        # q (B, nh, T, hs), k and v (B, nh, S, hs)
-        q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in (q, *kv.chunk(2, dim=-1)))
+        q = q.view(B, T, self.n_head, -1).transpose(1, 2)                       # (B, nh, T, hs)
+        k, v = kv.view(B, -1, 2, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, nh, S, hs) each
+        assert T in (1, k.size(2)), "with tokens in the cache, pass one at a time"      # is_causal assumes S = T
         dropout_p = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=T > 1)
         y = y.transpose(1, 2).flatten(2)                                        # (B, T, C)
