@@ -1,7 +1,7 @@
 """
 Look inside a trained model:
 
-    python sample.py                        write text with the newest model; in a terminal, colors show the depth used
+    python sample.py                        write text with the newest model; in a terminal, colors show the gates
     python sample.py out/tsa-1 --map        show what each token would predict next, after each block
     python sample.py report/chain.pt        a map of a chain, with the correct answers
 """
@@ -34,7 +34,7 @@ def write_text(model, vocab, idx, args, sparse, end):
     steps = []
     for idx_next, gates in generate(model, idx, args.max_new_tokens, args.temperature, args.top_k, sparse):
         c, gates = vocab[idx_next.item()], gates.cpu()                          # gates (L, 1)
-        depth = (gates != 0).float() if sparse else gates               # if sparse, the share of the blocks that ran
+        depth = (gates != 0).float() if sparse else gates               # if sparse, the fraction of blocks that ran
         print(c if c == "\n" else paint(c, depth.mean().item()), end="", flush=True)
         steps.append(gates)
         if c == end:
@@ -75,8 +75,7 @@ def write_map(model, vocab, idx, sparse, answers):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Look inside a trained model.", allow_abbrev=False)
     add, positive = parser.add_argument, bounded(int, 1)
-    add("path", type=Path, nargs="?", help="checkpoint, or folder of a run (default: the newest in out/ or, if there is "
-                                           "none, report/python-skip.pt)")
+    add("path", type=Path, nargs="?", help="run or checkpoint (default: the newest run, or report/python-skip.pt)")
     add("--map", action="store_true", help="show each token's next prediction after each block; always on for chains")
     add("--prompt", help="text to continue or to map (default: stored in the checkpoint)")
     add("--gate", choices=GATES, help="gate design (default: the checkpoint's)")
@@ -90,7 +89,6 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     path = args.path or max(Path("out").glob("*/ckpt.pt"), key=os.path.getmtime, default=SHIPPED)
-    path = path / "ckpt.pt" if path.is_dir() else path
     try:
         model, saved = load_checkpoint(path, **({"gate": args.gate} if args.gate else {}))
         config, vocab, task = model.config, saved["vocab"], saved["flags"]["data"]
@@ -123,5 +121,5 @@ if __name__ == "__main__":
         sys.stdout.reconfigure(errors="replace")    # for plain-ASCII terminals
     try:
         main()
-    except BrokenPipeError:                         # as in `sample.py | head`
+    except (BrokenPipeError, KeyboardInterrupt):    # as in `sample.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,7 +4,7 @@ Train and evaluate a model:
     python train.py                                             a small version of the paper's model
     python train.py --model plain                               the same without gates
     python train.py --resume out/tsa-1                          continue an interrupted run
-    python train.py --score out/tsa-1/ckpt.pt --gate skip       evaluate a model with another gate
+    python train.py --score out/tsa-1 --gate skip               evaluate a model with another gate
     python train.py --preset chain --gate straight --halt --lam 0.03        a puzzle, in two minutes
 
 --help lists all flags. Each step's random numbers depend only on (seed, step), so that all designs are trained on the
@@ -61,19 +61,19 @@ def existing_device(text):
 
 
 def parse_flags(argv):
-    """Return the flags, and the path of the checkpoint to resume or to score (otherwise None)."""
+    """Return the flags, and the folder or checkpoint to resume or to score (otherwise None)."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     add, positive = parser.add_argument, bounded(int, 1)
-    add("--preset", choices=PRESETS, default="laptop", help="overrides the defaults below")
+    add("--preset", choices=PRESETS, default="laptop", help="overrides the defaults below; explicit flags win")
     add("--model", choices=MODELS, default=Config.model, help="the plain transformer, the paper's model, or early exit")
     add("--gate", choices=GATES, default=Config.gate, help="tsa: gate design, from GATES in tsa.py")
     add("--gate_bias", type=bounded(float, -100, 100), default=Config.gate_bias, help="tsa: initial bias of a router")
     add("--halt", action=argparse.BooleanOptionalAction, default=False, help="tsa: skip all blocks after a skipped one")
     add("--lam", type=bounded(float, 0), default=0.001, help="tsa: weight of the depth loss (the mean gate)")
-    add("--lam_ramp", type=bounded(float, 0, 1), default=0.0, help="tsa: fraction of training in which lam rises")
+    add("--lam_ramp", type=bounded(float, 0, 1), default=0.0, help="tsa: fraction of training over which lam rises")
     add("--confidence", type=bounded(float, 0, 1), default=Config.confidence, help="exit: exit above this probability")
     add("--data", default="auto", help="shakespeare, enwik8, stdlib, copy, sort, chain, or the path of a text file; "
-                                       "auto: shakespeare, or stdlib without internet access")
+                                       "auto: shakespeare, or stdlib if it cannot be downloaded")
     add("--n_layer", type=positive, default=Config.n_layer, help="number of blocks")
     add("--n_head", type=positive, default=Config.n_head, help="number of attention heads")
     add("--n_embd", type=positive, default=Config.n_embd, help="embedding width")
@@ -83,21 +83,21 @@ def parse_flags(argv):
     add("--max_iters", type=positive, default=2400, help="training steps")
     add("--learning_rate", type=bounded(float, 0), default=1.5e-3, help="peak learning rate; cosine decay to 10%%")
     add("--warmup_iters", type=bounded(int, 0), default=100, help="steps of linear warm-up")
-    add("--eval_interval", type=positive, default=200, help="steps between checkpoints, which are evaluated, too")
+    add("--eval_interval", type=positive, default=200, help="steps between checkpoints and evaluations")
     add("--seed", type=bounded(int, 0), default=0, help="random seed")
     add("--device", type=existing_device, default=DEVICE, help="cpu, cuda, mps ...")
     add("--dtype", choices=("float32", "bfloat16"), help="precision of the training step")
     add("--compile", action="store_true", help="compile the loss with torch.compile")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--out_dir", type=Path, help="new output folder; None: out/MODEL-1, -2, ...")
-    where.add_argument("--resume", type=Path, help="folder of a run to continue (--max_iters and --device may change)")
-    where.add_argument("--score", type=Path, help="checkpoint to evaluate (--gate, --halt and --confidence may change)")
+    where.add_argument("--resume", type=Path, help="run to continue (only --max_iters and --device may change)")
+    where.add_argument("--score", type=Path, help="run to evaluate (--gate, --halt, --confidence may change)")
 
-    # Defaults, each replacing those before: the flags' own, the preset's, the checkpoint's. A flag that is given wins.
+    # Later defaults override earlier ones: the flags' own, the preset's, the checkpoint's. Explicit flags win.
     argv = sys.argv[1:] if argv is None else argv
     given, _ = parser.parse_known_args([flag for flag in argv if flag not in ("-h", "--help")])
     parser.set_defaults(dtype="bfloat16" if supports_bfloat16(given.device) else "float32", **PRESETS[given.preset])
-    path = given.score or given.resume and given.resume / "ckpt.pt"
+    path = given.resume or given.score
     saved = load_checkpoint(path)[1] if path else {"flags": {}}
     parser.set_defaults(**saved["flags"] | {"device": given.device})
     args = parser.parse_args(argv)
@@ -106,9 +106,9 @@ def parse_flags(argv):
         if name not in may_change and value != saved["flags"].get(name, value):
             parser.error(f"--{name} cannot change: it is {saved['flags'][name]} in {path}")
     if args.resume and "optimizer" not in saved:
-        parser.error(f"{path} has no state of the optimizer: use --score {path}")
+        parser.error(f"{path} has no optimizer state: use --score {path}")
     if args.resume and args.max_iters < saved["step"]:
-        parser.error(f"--max_iters {args.max_iters}: this run is at step {saved['step']}")
+        parser.error(f"--max_iters {args.max_iters}: this run has reached step {saved['step']}")
     if args.out_dir and args.out_dir.exists():
         parser.error(f"--out_dir {args.out_dir} exists: to continue its run, use --resume {args.out_dir}")
     if args.n_embd % args.n_head:
@@ -147,17 +147,17 @@ def evaluate(model, idx, targets, sparse):
 
 
 def score(model, idx, targets):
-    """Evaluate a full pass and, unless the model is plain, a sparse one. Print and return the scores."""
+    """Evaluate a full pass and a sparse one (the same for a plain model). Print and return the scores."""
     val_loss, gates, ran = evaluate(model, idx, targets, sparse=False)
-    val_loss_sparse, tlops_saved = val_loss, 1 - sum(gates) / len(gates)        # of the paper's token-layer operations
-    print(f"validation ({len(idx):,} windows)\nfull    loss {val_loss:.4f}  mean gates", *(f"{g:.2f}" for g in gates),
-          f" {tlops_saved:.1%} saved by the paper's count" if model.config.model == "tsa" else "")
+    val_loss_sparse = val_loss
     if model.config.model != "plain":
         val_loss_sparse, _, ran = evaluate(model, idx, targets, sparse=True)
+    tlops_saved = 1 - sum(gates) / len(gates)           # of the paper's token-layer operations
     saved = saving(model, ran, idx.size(1))
-    if model.config.model != "plain":
-        print(f"sparse  loss {val_loss_sparse:.4f}  open gates", *(f"{share:.2f}" for share in ran),
-              f" {saved:.1%} of the multiply-adds saved")
+    print(f"validation ({len(idx):,} windows)\nfull    loss {val_loss:.4f}  mean gates", *(f"{g:.2f}" for g in gates),
+          f" {tlops_saved:.1%} saved by the paper's count")
+    print(f"sparse  loss {val_loss_sparse:.4f}  open gates", *(f"{share:.2f}" for share in ran),
+          f" {saved:.1%} of the multiply-adds saved")
     return dict(val_loss=val_loss, val_loss_sparse=val_loss_sparse, tlops_saved=tlops_saved, blocks=sum(ran),
                 saved=saved, gates=gates, ran=ran)
 
@@ -194,11 +194,10 @@ def fit(model, args, corpus, saved, out_dir):
     flags = {name: value for name, value in vars(args).items() if name not in ("out_dir", "resume", "score")}
     run = {"config": vars(model.config), "flags": flags, "vocab": corpus.vocab, "checksum": corpus.checksum(),
            "prompt": corpus.prompt[:args.block_size]}
-    print(*(f"{name}={value}" for name, value in flags.items()))
     print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters, checkpoints in {out_dir}")
     loss_of = torch.compile(model.loss) if args.compile else model.loss
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)    # makes the unfused kernel faster, on CPUs, too
-    began, saves = time.perf_counter(), True
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)    # for precision(): faster, on CPUs, too
+    began, saves = time.perf_counter(), True        # also before the first step
     while True:
         if saves:
             run |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
@@ -222,15 +221,15 @@ def fit(model, args, corpus, saved, out_dir):
             loss = task_loss + (lam * model.depth_loss(gates) if routers else 0)
         loss.backward()
         if routers and step == 1 and not any(p.grad is not None and p.grad.any() for p in routers.parameters()):
-            shutil.rmtree(out_dir)      # so that the same command works once the gate has been repaired
+            shutil.rmtree(out_dir)      # made by this run: the same command works once the gate is fixed
             sys.exit(f"error: --gate {args.gate} passes no gradient to the routers at their initial scales")
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if saves or step % 20 == 0:
             if not torch.isfinite(norm):
-                raise FloatingPointError("the gradient is not finite: lower --learning_rate")
-            seconds = (time.perf_counter() - began) / (step - first)      # per step, with evaluations
+                raise FloatingPointError("the gradient is not finite: start again with a lower --learning_rate")
+            seconds = (time.perf_counter() - began) / (step - first)      # per step, including evaluations
             print(f"step {step}/{args.max_iters}  loss {task_loss.item():.4f}  gates",
                   *(f"{gate:.2f}" for gate in gates.mean((1, 2)).tolist()), f" {1000 * seconds:.0f} ms/step, "
                   f"{seconds * (args.max_iters - step) / 60:.1f} min left", flush=True)
@@ -262,6 +261,7 @@ def main(argv=None):
             out_dir.mkdir(parents=True, exist_ok=bool(args.resume))
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
+    print(*(f"{name}={value}" for name, value in vars(args).items() if value is not None))
     if args.score:
         score(model, idx, targets)
         return

@@ -7,7 +7,7 @@ token's state x:
     x = x + gate * attn(ln1(x))                     (1)
     x = x + gate * ffn(ln2(x))                      (2)
 
-After every block but the last, a router computes from x the probability p that the token skips the next block:
+After every block but the last, a router computes from x the "probability" p that the token skips the next block:
 
     p = sigmoid(W2 relu(W1 x + b1) + b2)            (3)
     gate = 1 - p                                    (4)
@@ -23,6 +23,7 @@ pass, N of the B * T tokens run a block. S tokens per sequence have keys and val
 """
 import zipfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -36,7 +37,7 @@ class Config:
     gate: str = "soft"          # tsa: a name in GATES
     gate_bias: float = -1.0     # tsa: initial b2 of equation (3); -1 starts the gates near 0.73
     halt: bool = False          # tsa: multiply each gate by those before it, so that it stays 0 once it is 0
-    confidence: float = 0.9     # exit: stop above this probability of the likeliest character
+    confidence: float = 0.9     # exit: exit once the largest probability exceeds this
     vocab_size: int = 65
     block_size: int = 64        # maximum sequence length
     n_layer: int = 6
@@ -50,7 +51,7 @@ class Config:
 
 class Router(nn.Module):
     """
-    Computes the gate of the next block from the state after the last one. A design is a subclass that overrides `gate`,
+    Computes the gate of the next block from the state after this one. A design is a subclass that overrides `gate`,
     `scale` or `sparse_gate`, and may have parameters and buffers of its own. A token's gate must not depend on other
     tokens: when the model generates text, x holds only the newest one.
     """
@@ -64,13 +65,13 @@ class Router(nn.Module):
         self.halt = config.halt
 
     def forward(self, x, gates, sparse=False):
-        """x (B, T, C), gates [(B, T), ...] of blocks 0 (ones), 1, ... so far -> the gate of the next block (B, T)."""
+        """x (B, T, C), gates [(B, T), ...] of blocks 0 (ones), 1, ... so far -> the gate of block len(gates) (B, T)."""
         scale = self.scale(x, gates)
         gate = self.sparse_gate(scale) if sparse else self.gate(scale)
         return gate * gates[-1] if self.halt else gate
 
     def scale(self, x, gates):
-        """Equation (3): 1 - p (B, T), in float32, because bfloat16 would round a p near 1 to 1."""
+        """1 - p (B, T), see equation (3). It is computed in float32, because bfloat16 would round a p near 1 to 1."""
         return 1 - torch.sigmoid(self.out(F.relu(self.fc(x))).squeeze(-1).float())
 
     def gate(self, scale):
@@ -78,7 +79,7 @@ class Router(nn.Module):
         return scale
 
     def sparse_gate(self, scale):
-        """The gate of a sparse pass: the same, unless a design runs with other gates than it was trained with."""
+        """The gate of a sparse pass: that of training, unless a design overrides it."""
         return self.gate(scale)
 
 
@@ -89,7 +90,7 @@ class Soft(Router):
 
 
 class Skip(Router):
-    """The paper's gate, but a sparse pass rounds only gates below 0.1."""
+    """The paper's gate, but a sparse pass zeroes only gates below 0.1."""
     def sparse_gate(self, scale):
         return scale * (scale >= 0.1)
 
@@ -101,9 +102,9 @@ class Stretch(Router):
 
 
 class Straight(Router):
-    """A switch in the forward pass, with the scale's gradient in the backward pass (straight-through)."""
+    """0 or 1 in the forward pass, with the scale's gradient in the backward pass (straight-through)."""
     def gate(self, scale):
-        return (scale >= 0.5).float() + (scale - scale.detach())        # the difference is 0 in the forward pass
+        return (scale >= 0.5).float() + (scale - scale.detach())        # adds exactly 0, but the scale's gradient
 
 
 GATES = {"soft": Soft, "skip": Skip, "stretch": Stretch, "straight": Straight}
@@ -123,24 +124,24 @@ class Attention(nn.Module):
         self.cache = None       # in generate(): [kv (B, block_size, 2C), the number of cached tokens]
 
     def keys_and_values(self, h):
-        """h (B, T, C) -> the keys and values of all S tokens (B, S, 2C), those in the cache included."""
+        """h (B, T, C) -> the keys and values of all S tokens (B, S, 2C), including those in the cache."""
         kv = self.key_value(h)
         if self.cache is None:
             return kv
         buffer, start = self.cache
-        end = self.cache[1] = start + kv.size(1)
-        buffer[:, start:end] = kv
+        end = start + kv.size(1)
+        buffer[:, start:end], self.cache[1] = kv, end
         return buffer[:, :end]
 
     def forward(self, h, kv, rows=None):
         """h (B, T, C), keys and values kv (B, S, 2C) -> (B, T, C), or (N, C) for the N tokens of `rows` (see Block)."""
         B, T, C = h.shape
         q = self.query(h if rows is None else h[rows])
-        if rows is not None:
-            q = q.new_zeros(B, T, C).index_put(rows, q)     # 0 for tokens that skip: is_causal needs T queries
+        if rows is not None:        # is_causal needs T queries, so the scores of tokens that skip are computed, too
+            q = q.new_zeros(B, T, C).index_put(rows, q)
         q = q.view(B, T, self.n_head, -1).transpose(1, 2)                       # (B, nh, T, hs)
         k, v = kv.view(B, -1, 2, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, nh, S, hs) each
-        assert T in (1, k.size(2)), "with tokens in the cache, pass one at a time"      # is_causal assumes S = T
+        assert T in (1, k.size(2)), "with a filled cache, pass one token at a time"      # is_causal assumes S = T
         dropout_p = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=T > 1)
         y = y.transpose(1, 2).flatten(2)                                        # (B, T, C)
@@ -216,7 +217,7 @@ class Transformer(nn.Module):
         """idx (B, T) -> x (B, T, C), at the positions after those in the cache."""
         T, cache = idx.size(1), self.blocks[0].attn.cache
         start = cache[1] if cache else 0
-        assert 0 < start + T <= self.config.block_size, f"{start + T} tokens: at most {self.config.block_size}"
+        assert 0 < start + T <= self.config.block_size, f"{start + T} tokens: at most {self.config.block_size} fit"
         x = self.wte(idx) + self.wpe.weight[start:start + T]
         return F.dropout(x, self.config.dropout, self.training)
 
@@ -231,7 +232,7 @@ class Transformer(nn.Module):
         return self.head(self.ln_f(x)), torch.ones(len(self.blocks), *idx.shape, device=idx.device)
 
     def loss(self, idx, targets):
-        """idx, targets (B, T) -> the mean cross-entropy and the gates (L, B, T)."""
+        """idx, targets (B, T) -> the mean cross-entropy (without the depth loss) and the gates (L, B, T)."""
         logits, gates = self(idx)
         return token_loss(logits, targets).sum() / (targets >= 0).sum(), gates
 
@@ -306,9 +307,10 @@ MODELS = {"plain": Transformer, "tsa": TSA, "exit": Exit}
 
 def load_checkpoint(path, **changes):
     """
-    Return the model of a ckpt.pt, in eval mode on the CPU, and the saved dictionary. `changes` replace fields of its
-    Config, such as gate. Raise OSError or ValueError if that fails.
+    Return the model of a checkpoint (or of the ckpt.pt in a folder), in eval mode on the CPU, and the saved dictionary.
+    `changes` replace fields of its Config, such as gate. Raise OSError or ValueError if that fails.
     """
+    path = Path(path, "ckpt.pt") if Path(path).is_dir() else path
     with open(path, "rb") as file:
         try:
             saved = torch.load(file, map_location="cpu", weights_only=True)
@@ -329,8 +331,8 @@ def load_checkpoint(path, **changes):
 
 
 def multiply_adds(model, ran, T=None):
-    """Multiply-adds per token in a pass over T tokens (default: block_size), if a share ran[l] of them runs block l."""
-    def size(*modules):         # of their matrices: one multiply-add per weight and token
+    """Multiply-adds per token in a pass over T tokens (default: block_size), if a fraction ran[l] runs block l."""
+    def size(*modules):         # of their matrices: one multiply-add per weight and token (vectors do not count)
         return sum(weight.numel() for module in modules for weight in module.parameters() if weight.dim() == 2)
 
     T, head = T or model.config.block_size, size(model.wte)
@@ -338,14 +340,14 @@ def multiply_adds(model, ran, T=None):
     for share, block in zip(ran, model.blocks):
         # All tokens: keys and values, and attention to T / 2 keys on average (C for the score, C for the value)
         key_value = size(block.attn.key_value)
-        total += key_value + T * model.config.n_embd + share * (size(block) - key_value)
+        total += key_value + T / 2 * 2 * model.config.n_embd + share * (size(block) - key_value)
     if isinstance(model, Exit):
         total += (len(ran) - 2) * head                      # predictions of all tokens after blocks 1 to L - 2
     return total
 
 
 def saving(model, ran, T=None):
-    """The share of a plain model's multiply-adds that skipping saves (negative if the routers cost more)."""
+    """The fraction of a plain model's multiply-adds that skipping saves (negative if the routers cost more)."""
     with torch.device("meta"):                              # without memory for its weights
         plain = Transformer(model.config)
     return 1 - multiply_adds(model, ran, T) / multiply_adds(plain, [1] * len(ran), T)

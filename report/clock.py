@@ -4,7 +4,7 @@ Measure what skipping saves in wall-clock time:
     python -m report.clock report/python-skip.pt --layers 12 9 --csv report/clock.csv
     python -m report.clock --n_embd 256 --layers 6 3 --csv report/clock.csv
 
-Plain models and sparse ones take turns, in float32. Prefill processes whole windows of the validation split, decode
+Plain and sparse models alternate, in float32. Prefill processes whole windows of the validation split; decode
 continues the first half of each. Without a checkpoint, text and weights are random, and SHARES of the gates are open.
 `predicted` is the speed-up that the saved multiply-adds alone would give.
 """
@@ -26,7 +26,7 @@ SHARES = (0.726, 0.5, 0.3)      # 0.726 is the mean gate that the paper reports 
 
 
 def random_gates(share):
-    """A design whose gates are open at random, for a share of the tokens."""
+    """A design whose gates are randomly open for a fraction `share` of the tokens."""
     class Random(Router):
         def gate(self, scale):
             return (torch.rand_like(scale) < share).float()
@@ -34,7 +34,7 @@ def random_gates(share):
 
 
 def gates_of(model, work, idx):
-    """Do the work on windows idx (B, T). Return the gates of the tokens that it ran, (L, B, n)."""
+    """Prefill or decode windows idx (B, T). Return the gates of the tokens that it ran, (L, B, n)."""
     if work == "prefill":
         return model(idx, sparse=True)[1]
     half = idx.size(1) // 2
@@ -78,7 +78,7 @@ def main(argv=None):
     add("--works", choices=WORKS, nargs="+", default=WORKS, help="what to time, with the batch size (default: all)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seconds", type=float, default=20, help="seconds per measurement (default: 20)")
-    add("--csv", type=Path, required=True, help="file to which the rows are appended")
+    add("--csv", type=Path, required=True, help="append the rows to this file")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     own, config = {}, Config(n_head=8, n_embd=args.n_embd, block_size=256)

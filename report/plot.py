@@ -18,7 +18,7 @@ DESIGNS = {
 
 
 def draw(path, preset="chain", label="", own=(), own_plain=()):
-    """Draw the figure. A star marks the rows `own`; on text, relative to `own_plain` (default: results.csv)."""
+    """Draw the figure. A star marks the rows `own`; on text, `own_plain` is the baseline (default: results.csv)."""
     from matplotlib.figure import Figure
     rows, figure = read_csv(), Figure(figsize=(9.2, 4.4), layout="constrained")
     groups, axes = group(rows), dict(zip(("chain", "deep"), figure.subplots(1, 2)))
@@ -26,7 +26,7 @@ def draw(path, preset="chain", label="", own=(), own_plain=()):
         raise ValueError(f"there is no panel for --preset {preset}")
 
     def put(panel, found, others=rows, **style):
-        """Draw the mean of the rows `found` and, on text, its 95% interval. Return its place."""
+        """Draw the mean of the rows `found` and, on text, its 95% interval. Return its position."""
         x, y = [100 * cost(row) for row in found], [row["val_loss_sparse"] for row in found]
         bar = None
         if panel == "deep":
@@ -65,10 +65,10 @@ def draw(path, preset="chain", label="", own=(), own_plain=()):
         write(preset, label, place, 8, -8, "black")
     axes["chain"].axhline(0.01, color="0.8", lw=1, ls=":")
     axes["chain"].set(yscale="log", xlabel="multiply-adds (% of 6 plain layers)", ylabel="loss",
-                      title="Puzzle: gates need fewer multiply-adds")
+                      title="Puzzle: some gates beat fewer layers")
     axes["deep"].set(ylim=(-1, 5), xlabel="multiply-adds (% of 12 plain layers)",
                      ylabel="loss above 12 plain layers (%, 95% intervals)",
-                     title="Python: gates and fewer layers cannot be told apart")
+                     title="Python: no clear gain over fewer layers")
     for panel in axes.values():
         panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, format="svg", metadata={"Date": None})

@@ -30,7 +30,7 @@ T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
 
 
 def cost(row):
-    """The multiply-adds of a sparse pass, as a fraction of those of the full plain model."""
+    """The multiply-adds of a sparse pass, as a fraction of those of the plain model with all layers."""
     config, L = Config(**{name: row[name] for name in ("model", "gate", *SIZES)}), row["n_layer"]
     full = replace(config, n_layer=12 if row["family"] == "deep" else 6)
     with torch.device("meta"):
@@ -47,7 +47,7 @@ def blocks_needed(text):
 
 
 def chain_scores(model, vocab, idx, targets):
-    """The fraction of right answers, and of tokens that run as many blocks as they need, if that is more than one."""
+    """The fraction of right answers, and of tokens that run just the blocks they need, if these are more than one."""
     logits, gates = model(idx, sparse=True)
     needed = torch.tensor([blocks_needed([vocab[i] for i in text]) for text in idx])
     exact = (gates != 0).sum(0) == needed
@@ -65,16 +65,16 @@ def plain_losses(folder):
 
 def depth_scores(model, vocab, idx, losses):
     """
-    Do harder tokens run more blocks? How hard a token is says its loss under a plain model (n, T). Return its
+    Do harder tokens run more blocks? A token's difficulty is its loss under a plain model (n, T). Return its
     correlation with the number of blocks, and the mean number for each fifth of the tokens, the easiest first; both
-    also without blanks. For the paper's gate, the number is the sum of the gates in a full pass.
+    also without whitespace. For the paper's gate, the number is the sum of the gates in a full pass.
     """
     soft, depth = model.config.gate == "soft", []
     for x in idx.split(64):
         gates = model(x, sparse=not soft)[1]
         depth.append((gates if soft else (gates != 0).float()).sum(0))
-    depth, is_blank, scores = torch.cat(depth), torch.tensor([c.isspace() for c in vocab])[idx], {}
-    for name, chosen in (("", losses >= 0), ("_nonblank", ~is_blank)):
+    depth, is_space, scores = torch.cat(depth), torch.tensor([c.isspace() for c in vocab])[idx], {}
+    for name, chosen in (("", losses >= 0), ("_nonblank", ~is_space)):
         fifths = depth[chosen][losses[chosen].argsort()].chunk(5)
         scores["correlation" + name] = torch.corrcoef(torch.stack([depth[chosen], losses[chosen]]))[0, 1].item()
         scores["fifths" + name] = json.dumps([round(fifth.mean().item(), 2) for fifth in fifths])
@@ -84,7 +84,7 @@ def depth_scores(model, vocab, idx, losses):
 @torch.no_grad()
 def score(folder, about):
     """
-    Return a run's rows, on validation and unseen data. On validation data, a run of `skip` also makes a row of the
+    Return a run's rows, on validation and test data. On validation data, a run of `skip` also makes a row of the
     paper's gate (same weights), and one of early exit makes a row for each of CONFIDENCES.
     """
     saved = load_checkpoint(folder / "ckpt.pt")[1]
@@ -122,7 +122,7 @@ def read_csv():
 
 
 def group(rows):
-    """Rows -> lists that differ only in the seed, by (run, split). Seed 0, which chose, is out if there are enough."""
+    """Rows -> lists that differ only in the seed, by (run, split), without seed 0 if there are more than three."""
     groups = {}
     for row in rows:
         groups.setdefault((row["run"], row["split"]), []).append(row)
@@ -135,14 +135,14 @@ def interval(values):
 
 
 def plain_points(row, others):
-    """Sorted (cost, loss) of plain models of a row's family, split, seed and width. [] if there is no full one."""
+    """Sorted (cost, loss) of plain models of a row's family, split, seed and width. [] without one of all layers."""
     points = sorted((other["cost"], other["val_loss"]) for other in others if other["model"] == "plain"
                     and all(other[key] == row[key] for key in ("family", "split", "seed", "n_embd")))
     return points if points and points[-1][0] == 1 else []
 
 
 def above_full(rows, others, loss="val_loss_sparse"):
-    """Losses relative to the full plain model of the same seed: 0.01 is 1% above it."""
+    """Losses relative to the plain model of the same seed with all layers: 0.01 is 1% above it."""
     points = [(row, plain_points(row, others)) for row in rows]
     return [row[loss] / found[-1][1] - 1 for row, found in points if found]
 
@@ -157,7 +157,7 @@ def against_plain(rows, others):
 def table(rows):
     """
     Rows -> lines of cells: run, split, number of seeds, means and standard deviations of SCORES; then, with 95%
-    intervals, the full and the sparse loss above the full plain model (on text), and the sparse loss against_plain.
+    intervals, the full and the sparse loss above_full (on text), and the sparse loss against_plain.
     """
     lines = []
     for key, found in sorted(group(rows).items()):
@@ -166,7 +166,7 @@ def table(rows):
             values = [row[column] for row in found if row.get(column, "") != ""]
             spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
             lines[-1].append(f"{statistics.mean(values):{form}}{spread}" if values else "")
-        above = [[], []]                # of chains, no percentages: those of a loss near 0 would mislead
+        above = [[], []]                # no percentages for chains, because the loss is near 0
         if found[0]["family"] != "chain":
             above = [above_full(found, rows, loss) for loss in ("val_loss", "val_loss_sparse")]
         for values, form in ((above[0], ".2%"), (above[1], ".2%"), (against_plain(found, rows), ".4f")):

@@ -1,14 +1,15 @@
 """
-Find the best lambda of a gate design, print its row of the leaderboard, and draw it into the figure:
+Find the best lambda of a gate design, print its row of the leaderboard, and draw it:
 
     python -m report.sweep --gate half --svg half.svg       on chains (about 25 minutes on one CPU core)
     python -m report.sweep --gate half --preset deep        on Python's standard library (hours)
 
-All designs follow one rule. With seed 0, lambda triples until the sparse loss exceeds the limit. Of the lambdas before,
-the one with the fewest blocks per token makes the row if the mean loss of five fresh seeds is within the limit, too;
-otherwise, the next is tried. The limit is 0.01 on chains. On text it is 0.5% above the plain model (the mean of the
-same seeds), as in the paper's abstract. Plain models and early exit have no lambda: they are trained with the five
-seeds. The same command continues a sweep that was stopped, and reuses finished runs unless the code has changed.
+All designs follow one rule. With seed 0, lambda triples (at most seven times) until the sparse loss exceeds the limit.
+Of the earlier lambdas, the one with the fewest blocks per token makes the row if the mean loss of five fresh seeds is
+within the limit, too; otherwise, the one with the next fewest is tried. The limit is 0.01 on chains. On text, as in the
+paper's abstract, it is 0.5% above the plain model (the mean of the same seeds). Plain models and early exit have no
+lambda: they are trained with the five seeds. The same command continues a sweep that was stopped, and reuses finished
+runs unless the code has changed.
 """
 import argparse
 import json
@@ -73,13 +74,13 @@ def best(preset, flags, shared):
         rows = [run(preset, tried, seed) for seed in SEEDS]
         if within_limit(preset, tried, shared, rows):
             return tried, rows
-    raise SystemExit("no row: the loss exceeds the limit with each lambda")
+    raise SystemExit("no row: the loss exceeds the limit with every lambda")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(allow_abbrev=False, description="Further flags are those of train.py.")
     parser.add_argument("--preset", choices=PRESETS, default="chain")
-    parser.add_argument("--svg", help="draw the row into this file (chain and deep; needs matplotlib)")
+    parser.add_argument("--svg", help="save the figure with this row as a star (chain and deep; needs matplotlib)")
     args, flags = parser.parse_known_args(argv)
     chosen = {flag.partition("=")[0] for flag in flags} & {"--lam", "--seed", "--out_dir", "--resume", "--score"}
     if chosen:
@@ -91,11 +92,11 @@ def main(argv=None):
     if args.svg:
         try:
             with tempfile.TemporaryFile(dir=Path(args.svg).parent) as file:
-                plot.draw(file, args.preset)        # already now, to notice a missing folder or matplotlib
+                plot.draw(file, args.preset)        # now, to catch a missing folder or matplotlib early
         except (ImportError, OSError, ValueError) as error:
             parser.error(f"--svg: {error}")
     if not FOLDER.exists() and any(Path("out").glob("sweep-*")):
-        print("the code has changed since the last sweep: this one starts anew")
+        print("the code has changed since the last sweep: this one starts from scratch")
     if given["model"] == "tsa":
         flags, rows = best(args.preset, flags, shared)
     else:

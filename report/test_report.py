@@ -100,7 +100,7 @@ def test_run_of_skip_is_scored_with_the_papers_gate_too(monkeypatch):
     """Both run the same weights. Test puzzles had no part in choosing lambda."""
     saved = fit("--preset chain --data chain --block_size 30 --max_iters 2 --gate skip")
     Path("run").rename("gate=skip-seed=0")
-    val, test, soft, _ = results.score(Path("gate=skip-seed=0"), {"commit": "abc"})
+    val, test, soft = results.score(Path("gate=skip-seed=0"), {"commit": "abc"})
     assert [row["run"] for row in (val, test, soft)] == ["gate=skip", "gate=skip", "gate=soft"]
     assert val["val_loss"] == soft["val_loss"] and val["commit"] == "abc"
     model, _ = load_checkpoint("gate=skip-seed=0/ckpt.pt")
