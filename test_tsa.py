@@ -353,6 +353,7 @@ def test_the_papers_tasks_are_what_they_say(task):
         source, answer = read(corpus.vocab, row)[1:].split("|")
         assert answer == (source if task == "copy" else "".join(sorted(source, key=corpus.vocab.index)))
         assert target[:21].eq(-1).all() and read(corpus.vocab, target[21:]) == answer + "$"
+    assert corpus.prompt == read(corpus.vocab, idx[0, :22]) and corpus.prompt[-1] == "|"
     trained, held_out, batch = (set(map(tuple, x.tolist())) for x in (trained, idx, corpus.batch(64, 64)[0]))
     assert len(trained) == 10_000 and batch < trained and trained.isdisjoint(held_out)
 
@@ -430,16 +431,24 @@ def test_result_scores_all_windows_and_checkpoints_some_from_the_whole_split(run
     assert json.loads(Path("run/result.json").read_text()) == result
 
 
+def test_training_runs_in_the_given_precision():
+    """Speeds and losses are those of bfloat16 only if --dtype is obeyed."""
+    exact = fit("--max_iters 1 --dtype float32")["model"]
+    os.rename("run", "exact")
+    rounded = fit("--max_iters 1 --dtype bfloat16")["model"]
+    assert not torch.equal(rounded["blocks.0.ffn.fc.weight"], exact["blocks.0.ffn.fc.weight"])
+
+
 def test_score_prints_two_short_lines(capsys):
     """Full and sparse, as README explains them, and narrow enough to be quoted there."""
-    model, idx, targets = tiny(gate="skip", gate_bias=1.0, n_layer=6), tokens(B=100), tokens(B=100, seed=2) - 1
+    model, idx, targets = tiny(gate="skip", gate_bias=1.0, n_layer=6), tokens(100, 11), tokens(100, 11, seed=2) - 1
     (logits, gates), (sparse_logits, sparse_gates) = model(idx), model(idx, sparse=True)
     mean = " ".join(f"{gate:.2f}" for gate in gates.mean((1, 2)).tolist())
     ran = (sparse_gates != 0).double().mean((1, 2)).tolist()
     full = f"full    loss {F.cross_entropy(logits.mT, targets, ignore_index=-1):.4f}  mean gates {mean}"
     full += f"  {1 - gates.mean():.1%} saved by the paper's count"
     sparse = f"sparse  loss {F.cross_entropy(sparse_logits.mT, targets, ignore_index=-1):.4f}  open gates"
-    sparse += "".join(f" {share:.2f}" for share in ran) + f"  {saving(model, ran):.1%} of the multiply-adds saved"
+    sparse += "".join(f" {share:.2f}" for share in ran) + f"  {saving(model, ran, 11):.1%} of the multiply-adds saved"
     train.score(model, idx, targets)
     assert capsys.readouterr().out.splitlines() == ["validation (100 windows)", full, sparse]
     assert len(full) <= 96 and len(sparse) <= 96
@@ -544,7 +553,7 @@ def mistakes(tmp_path_factory):
     (train, "--data short.txt", "only 13 characters: --block_size"), (train, "--data latin1.txt", "decode"),
     (train, "--data nosuch", "No such file"), (sample, "nosuch", "No such file"), (train, "--resume nosuch", "No such"),
     (train, "--out_dir run", "use --resume run"), (train, "--resume run --n_head 2", "--n_head cannot change"),
-    (train, "--resume run --gate skip", "--gate cannot change"), (train, "--resume run --max_iters 1", "reached step 2"),
+    (train, "--resume run --gate skip", "--gate cannot"), (train, "--resume run --max_iters 1", "reached step 2"),
     (train, "--resume run", "text has changed"), (train, "--score run/ckpt.pt --lam 1", "--lam cannot change"),
     (train, "--resume .", "no optimizer state: use --score"), (train, "--score cut.pt", "cut.pt is damaged"),
     *((sample, f"{name}.pt", f"{name}.pt is damaged or from another version") for name in (
