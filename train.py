@@ -61,7 +61,10 @@ def existing_device(text):
 
 
 def parse_flags(argv):
-    """Return the flags, and the folder or checkpoint to resume or to score (otherwise None)."""
+    """
+    Return the flags, and the folder or checkpoint to resume or to score (otherwise None). You can skip this function on
+    a first reading.
+    """
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     add, positive = parser.add_argument, bounded(int, 1)
     add("--preset", choices=PRESETS, default="laptop", help="overrides the defaults below; explicit flags win")
@@ -95,6 +98,7 @@ def parse_flags(argv):
 
     # Later defaults override earlier ones: the flags' own, the preset's, the checkpoint's. Explicit flags win.
     argv = sys.argv[1:] if argv is None else argv
+    # A first parse, for --preset, --device, --resume and --score; the second one has the right defaults.
     given, _ = parser.parse_known_args([flag for flag in argv if flag not in ("-h", "--help")])
     parser.set_defaults(dtype="bfloat16" if supports_bfloat16(given.device) else "float32", **PRESETS[given.preset])
     path = given.resume or given.score

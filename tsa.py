@@ -104,7 +104,7 @@ class Stretch(Router):
 class Straight(Router):
     """0 or 1 in the forward pass, with the scale's gradient in the backward pass (straight-through)."""
     def gate(self, scale):
-        return (scale >= 0.5).float() + (scale - scale.detach())        # adds exactly 0, but the scale's gradient
+        return (scale >= 0.5).float() + (scale - scale.detach())        # adds exactly 0, with the scale's gradient
 
 
 GATES = {"soft": Soft, "skip": Skip, "stretch": Stretch, "straight": Straight}
