@@ -26,7 +26,7 @@ SCORES = dict(tlops_saved=".1%", val_loss=".4f", val_loss_sparse=".4f", blocks="
 COLUMNS = ("family", "run", "split", "seed", "model", "gate", *SIZES, *SCORES, "fifths", "fifths_nonblank", "processor",
            "threads", "commit")
 # Means over n seeds: the 97.5% quantile of Student's t with n - 1 degrees of freedom
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
+T_95 = {2: 12.7062, 3: 4.3027, 4: 3.1824, 5: 2.7764, 6: 2.5706}
 
 
 def cost(row):
