@@ -273,7 +273,8 @@ def main(argv=None):
         fit(model, args, corpus, saved, out_dir)
     except KeyboardInterrupt:
         if (out_dir / "ckpt.pt").exists():
-            raise KeyboardInterrupt(f"To continue: python train.py --resume {out_dir}") from None
+            step = load_checkpoint(out_dir)[1]["step"]
+            raise KeyboardInterrupt(f"To continue from step {step}: python train.py --resume {out_dir}") from None
         shutil.rmtree(out_dir)
         raise
 
