@@ -2,16 +2,15 @@
 import argparse
 import statistics
 
-from report.results import above_full, cost, group, interval, read_csv
+from report.results import CONFIDENCES, above_full, cost, group, interval, read_csv
 
 LAYERS = {"chain": (6, 4, 3, 2, 1), "deep": (12, 10, 9, 8, 6)}         # plain models; the first is the default
-CONFIDENCES = (0.4, 0.5, 0.6, 0.75, 0.9, 0.95)
 # Color, mark, and by panel: the run, and where its label stands (points to the right and up)
 DESIGNS = {
     "soft, rounded": ("C3", "X", {"chain": ("gate=soft-lam=0.01", 8, 0), "deep": ("gate=soft-lam=0.001", 8, 0)}),
-    "skip": ("C5", "P", {"chain": ("gate=skip-lam=0.01", 8, 0), "deep": ("gate=skip-lam=0.001", 5, 6)}),
-    "stretch": ("C2", "^", {"chain": ("gate=stretch-lam=0.8", 8, -3), "deep": ("gate=stretch-lam=0.001", -10, -14)}),
-    "straight": ("C0", "v", {"chain": ("gate=straight-lam=0.3", 7, 4), "deep": ("gate=straight-lam=0.001", 5, 8)}),
+    "skip": ("C5", "P", {"chain": ("gate=skip-lam=0.01", 8, 0), "deep": ("gate=skip-lam=0.001", 5, -9)}),
+    "stretch": ("C2", "^", {"chain": ("gate=stretch-lam=0.8", -8, 0), "deep": ("gate=stretch-lam=0.001", -8, -10)}),
+    "straight": ("C0", "v", {"chain": ("gate=straight-lam=0.3", -8, -4), "deep": ("gate=straight-lam=0.001", 6, 9)}),
     "straight, 3 layers": ("C9", "<", {"chain": ("gate=straight-n_layer=3-lam=0.03", -8, 8)}),
     "straight --halt": ("C4", "D", {"chain": ("gate=straight-halt-lam=0.03", 8, -4),
                                     "deep": ("gate=straight-halt-lam=0.001", 8, 4)})}
