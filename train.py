@@ -200,8 +200,9 @@ def fit(model, args, corpus, saved, out_dir):
            "prompt": corpus.prompt[:args.block_size]}
     print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters, checkpoints in {out_dir}")
     loss_of = torch.compile(model.loss) if args.compile else model.loss
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)    # for precision(): faster, on CPUs, too
-    began, saves = time.perf_counter(), True        # also before the first step
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)    # despite its name, faster on CPUs (see precision)
+    began = time.perf_counter()
+    saves = True        # also before the first step
     while True:
         if saves:
             run |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
@@ -238,7 +239,7 @@ def fit(model, args, corpus, saved, out_dir):
                   *(f"{gate:.2f}" for gate in gates.mean((1, 2)).tolist()), f" {1000 * seconds:.0f} ms/step, "
                   f"{seconds * (args.max_iters - step) / 60:.1f} min left", flush=True)
 
-    result = run["config"] | flags | score(model, idx, targets)
+    result = run["config"] | flags | score(model, idx, targets)         # now on all windows
     (out_dir / "result.json").write_text(json.dumps(result, indent=1))
     print(f"to look inside: python sample.py {out_dir} (with or without --map)")
 

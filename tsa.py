@@ -121,7 +121,7 @@ class Attention(nn.Module):
         self.query = nn.Linear(C, C, bias=False)
         self.key_value = nn.Linear(C, 2 * C, bias=False)
         self.proj = nn.Linear(C, C, bias=False)
-        self.cache = None       # in generate(): [kv (B, block_size, 2C), the number of cached tokens]
+        self.cache = None       # only in a step of generate(): [kv (B, block_size, 2C), the number of cached tokens]
 
     def keys_and_values(self, h):
         """h (B, T, C) -> the keys and values of all S tokens (B, S, 2C), including those in the cache."""
@@ -281,7 +281,7 @@ class Exit(Transformer):
         first, *others = self.blocks
         gate = torch.ones(idx.shape, device=idx.device)         # 1 until the token exits
         x, gates, logits = first(self.embed(idx)), [gate], 0
-        # No token exits after block 0, so exit_norms[0] serves only in training.
+        # Norm l follows block l. No token exits after block 0, so exit_norms[0] serves only in training.
         for block, norm in zip(others, [*self.exit_norms[1:], self.ln_f]):
             x = block(x, gate, sparse)
             gates.append(gate)
