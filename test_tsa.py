@@ -514,6 +514,18 @@ def test_a_gate_that_passes_no_gradient_stops(gate, monkeypatch):
     assert not os.path.exists("run")
 
 
+def test_a_resumed_run_without_a_gradient_keeps_its_folder(monkeypatch):
+    """Only a folder that the run itself has made may be deleted."""
+    monkeypatch.setitem(GATES, "flat", Router)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(1, patch)
+        fit("--gate flat --max_iters 1")
+    monkeypatch.setitem(GATES, "flat", type("Flat", (Router,), {"gate": lambda router, scale: scale.detach()}))
+    with pytest.raises(SystemExit, match="passes no gradient"):
+        train.main("--resume run --device cpu".split())
+    assert load_checkpoint("run")[1]["step"] == 0
+
+
 def test_a_gradient_that_is_not_finite_stops_before_the_next_checkpoint():
     """Weights of nan must not overwrite good ones, such as those saved before the first step."""
     with pytest.raises(FloatingPointError, match="not finite: start again with a lower --learning_rate"):

@@ -226,7 +226,8 @@ def fit(model, args, corpus, saved, out_dir):
             loss = task_loss + (lam * model.depth_loss(gates) if routers else 0)
         loss.backward()
         if routers and step == 1 and not any(p.grad is not None and p.grad.any() for p in routers.parameters()):
-            shutil.rmtree(out_dir)      # made by this run: the same command works once the gate is fixed
+            if not saved:
+                shutil.rmtree(out_dir)      # so that the same command works once the gate is fixed
             sys.exit(f"error: --gate {args.gate} passes no gradient to the routers at their initial scales")
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
