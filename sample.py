@@ -108,7 +108,7 @@ def main(argv=None):
         gates = write_map(model, vocab, idx, sparse, answers)
     else:
         gates = write_text(model, vocab, idx, args, sparse, end="$" if task in ("copy", "sort") else None)
-    summary = f"full: every token ran all {config.n_layer} blocks" + " (--gate skip skips some)" * soft
+    summary = f"full: every token ran all {config.n_layer} blocks" + (" (--gate skip skips some)" if soft else "")
     if sparse:
         ran = (gates != 0).double().mean(1).tolist()
         share = saving(model, ran, gates.size(1) if shows_map else None)

@@ -461,7 +461,7 @@ def test_an_interrupted_run_resumes_to_the_bit(monkeypatch):
         interrupt_at(4, patch)
         fit(flags)
     monkeypatch.setattr(train, "supports_bfloat16", lambda device: True)        # as on another machine
-    train.main("--resume run --device cpu".split())
+    train.main("--resume run/ckpt.pt --device cpu".split())
     os.rename("run", "resumed")
     whole, resumed = fit(flags), load_checkpoint("resumed/ckpt.pt")[1]
     assert_close([resumed["model"], resumed["optimizer"]], [whole["model"], whole["optimizer"]], rtol=0, atol=0)

@@ -141,13 +141,14 @@ def precision(device, dtype):
 def evaluate(model, idx, targets, sparse):
     """Windows idx, targets (n, T) -> the mean loss, each block's mean gate, and the fraction of tokens that ran it."""
     model.eval()
-    device, loss, mean, ran = model.wte.weight.device, 0, 0, 0
+    device = model.wte.weight.device
+    loss = gate_sum = ran = 0
     for x, y in zip(idx.split(64), targets.split(64)):
         logits, gates = model(x.to(device), sparse)                             # gates (L, B, T)
         loss += token_loss(logits, y.to(device)).sum().item()
-        mean += gates.sum((1, 2)).cpu()
+        gate_sum += gates.sum((1, 2)).cpu()
         ran += (gates != 0).sum((1, 2)).cpu()
-    return loss / (targets >= 0).sum().item(), (mean / idx.numel()).tolist(), (ran / idx.numel()).tolist()
+    return loss / (targets >= 0).sum().item(), (gate_sum / idx.numel()).tolist(), (ran / idx.numel()).tolist()
 
 
 def score(model, idx, targets):
@@ -250,19 +251,22 @@ def main(argv=None):
         args, path = parse_flags(argv)
         if args.data == "auto":
             args.data = data.shakespeare_or_stdlib()
-        corpus, saved = data.load(args.data), None
+        corpus = data.load(args.data)
         idx, targets = corpus.windows("val", args.block_size)
         if path:
             model, saved = load_checkpoint(path, gate=args.gate, halt=args.halt, confidence=args.confidence)
             if saved["vocab"] != corpus.vocab or args.resume and saved["checksum"] != corpus.checksum():
                 raise ValueError(f"--data {args.data}: the text has changed since this model was trained")
         else:
+            saved = None
             seed_step(args.seed, 0)
-            sizes = {field.name: getattr(args, field.name) for field in fields(Config) if field.name in args}
-            model = MODELS[args.model](Config(vocab_size=len(corpus.vocab), **sizes))
+            settings = {field.name: getattr(args, field.name) for field in fields(Config) if field.name in args}
+            model = MODELS[args.model](Config(vocab_size=len(corpus.vocab), **settings))
         model.to(args.device)
         numbered = (Path(f"out/{args.model}-{n}") for n in itertools.count(1))
-        out_dir = args.resume or args.out_dir or next(folder for folder in numbered if not folder.exists())
+        out_dir = args.out_dir or next(folder for folder in numbered if not folder.exists())
+        if args.resume:
+            out_dir = path if path.is_dir() else path.parent
         if not args.score:
             out_dir.mkdir(parents=True, exist_ok=bool(args.resume))
     except (OSError, ValueError) as error:

@@ -130,7 +130,8 @@ class Attention(nn.Module):
             return kv
         buffer, start = self.cache
         end = start + kv.size(1)
-        buffer[:, start:end], self.cache[1] = kv, end
+        buffer[:, start:end] = kv
+        self.cache[1] = end
         return buffer[:, :end]
 
     def forward(self, h, kv, rows=None):
@@ -182,17 +183,18 @@ class Block(nn.Module):
         if gate is None:
             x = x + self.attn(h, kv)
             return x + self.ffn(self.ln2(x))
-        rows = gate.nonzero(as_tuple=True) if sparse else None  # sequences and positions of the N tokens, (N,) each
-        if not sparse or len(rows[0]) == gate.numel():          # every token runs the block
-            gate = gate.to(x.dtype).unsqueeze(-1)                               # (B, T, 1)
-            x = x + gate * self.attn(h, kv)                                     # equation (1)
-            return x + gate * self.ffn(self.ln2(x))                             # equation (2)
-        if len(rows[0]) == 0:
-            return x
-        y, gate = x[rows], gate[rows].to(x.dtype).unsqueeze(-1)                 # (N, C), (N, 1)
-        y = y + gate * self.attn(h, kv, rows)                                   # equation (1)
-        y = y + gate * self.ffn(self.ln2(y))                                    # equation (2)
-        return x.index_put(rows, y)
+        if sparse:
+            rows = gate.nonzero(as_tuple=True)      # sequences and positions of the N tokens, (N,) each
+            if len(rows[0]) == 0:
+                return x
+            if len(rows[0]) < gate.numel():
+                y, gate = x[rows], gate[rows].to(x.dtype).unsqueeze(-1)         # (N, C), (N, 1)
+                y = y + gate * self.attn(h, kv, rows)                           # equation (1)
+                y = y + gate * self.ffn(self.ln2(y))                            # equation (2)
+                return x.index_put(rows, y)
+        gate = gate.to(x.dtype).unsqueeze(-1)                                   # (B, T, 1)
+        x = x + gate * self.attn(h, kv)                                         # equation (1)
+        return x + gate * self.ffn(self.ln2(x))                                 # equation (2)
 
 
 class Transformer(nn.Module):
@@ -225,7 +227,7 @@ class Transformer(nn.Module):
         return F.linear(h, self.wte.weight).float()
 
     def forward(self, idx, sparse=False):
-        """idx (B, T) -> logits (B, T, V) and gates (L, B, T), both float32. The gate of a plain block counts as 1."""
+        """idx (B, T) -> logits (B, T, V) and gates (L, B, T), both float32. In a plain model, all gates are 1."""
         x = self.embed(idx)
         for block in self.blocks:
             x = block(x)
@@ -283,7 +285,7 @@ class Exit(Transformer):
         x, gates, logits = first(self.embed(idx)), [gate], 0
         # Norm l follows block l. No token exits after block 0, so exit_norms[0] serves only in training.
         for block, norm in zip(others, [*self.exit_norms[1:], self.ln_f]):
-            x = block(x, gate, sparse)
+            x = block(x, gate, sparse=True)
             gates.append(gate)
             prediction = self.head(norm(x))                                     # (B, T, V)
             logits = torch.where(gate.unsqueeze(-1) != 0, prediction, logits)   # others keep theirs
@@ -338,9 +340,9 @@ def multiply_adds(model, ran, T=None):
     T, head = T or model.config.block_size, size(model.wte)
     total = head + size(*getattr(model, "routers", []))
     for share, block in zip(ran, model.blocks):
-        # All tokens: keys and values, and attention to T / 2 keys on average (C for the score, C for the value)
+        # All tokens: keys and values, and attention to T / 2 keys on average (2C each, for the score and the value)
         key_value = size(block.attn.key_value)
-        total += key_value + T / 2 * 2 * model.config.n_embd + share * (size(block) - key_value)
+        total += key_value + T * model.config.n_embd + share * (size(block) - key_value)
     if isinstance(model, Exit):
         total += (len(ran) - 2) * head                      # predictions of all tokens after blocks 1 to L - 2
     return total

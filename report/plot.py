@@ -53,10 +53,11 @@ def draw(path, preset="chain", label="", own=(), own_plain=()):
     for design, (color, mark, places) in DESIGNS.items():
         for panel, (name, dx, dy) in places.items():
             x, y = put(panel, groups[f"preset={panel}-{name}", "val"], fmt=mark, color=color, ms=7)
-            if panel == "deep" and y > 5:       # off the scale
-                design, y = f"{design}: {y:+.0f}% (off the scale)", 4.8
-                axes[panel].plot(x, y, "X", color=color, ms=7)
-            write(panel, design, (x, y), dx, dy, color)
+            text = design
+            if panel == "deep" and y > 5:
+                text, y = f"{design}: {y:+.0f}% (off the scale)", 4.8
+                axes[panel].plot(x, y, mark, color=color, ms=7)
+            write(panel, text, (x, y), dx, dy, color)
     if own:
         columns = {"family": preset, "split": "val"}
         full = [row | columns | {"cost": 1} for row in own_plain]

@@ -23,8 +23,8 @@ CONFIDENCES = (0.4, 0.5, 0.6, 0.75, 0.9, 0.95)          # early exit: each makes
 SIZES = ("n_layer", "n_embd", "block_size", "vocab_size")
 SCORES = dict(tlops_saved=".1%", val_loss=".4f", val_loss_sparse=".4f", blocks=".2f", cost=".1%", accuracy=".1%",
               exact=".0%", correlation=".2f", correlation_nonblank=".2f")
-COLUMNS = ("family", "run", "split", "seed", "model", "gate", *SIZES, *SCORES, "fifths", "fifths_nonblank", "processor",
-           "threads", "commit")
+FIFTHS = ("fifths", "fifths_nonblank")
+COLUMNS = ("family", "run", "split", "seed", "model", "gate", *SIZES, *SCORES, *FIFTHS, "processor", "threads", "commit")
 # Means over n seeds: the 97.5% quantile of Student's t with n - 1 degrees of freedom
 T_95 = {2: 12.7062, 3: 4.3027, 4: 3.1824, 5: 2.7764, 6: 2.5706}
 
@@ -38,16 +38,21 @@ def cost(row):
     return multiply_adds(model, [row["blocks"] / L] * L) / multiply_adds(plain, [1] * full.n_layer)
 
 
+def hops(text):
+    """The number of hops from each token of a chain to its digit."""
+    counts = []
+    for c in text:
+        counts.append(0 if c in data.DIGITS else 1 + counts[data.LETTERS.index(c)])
+    return counts
+
+
 def blocks_needed(text):
     """The blocks that each token of a chain needs. All tokens hop at once, so n blocks make up to 2^n - 1 hops."""
-    hops = []
-    for c in text:
-        hops.append(0 if c in data.DIGITS else 1 + hops[data.LETTERS.index(c)])
-    return [max(n.bit_length(), 1) for n in hops]           # every token runs block 0
+    return [max(n.bit_length(), 1) for n in hops(text)]     # every token runs block 0
 
 
 def chain_scores(model, vocab, idx, targets):
-    """The fraction of right answers, and of tokens that run just the blocks they need, if these are more than one."""
+    """The fraction of right answers, and of tokens that run exactly as many blocks as they need, if more than one."""
     logits, gates = model(idx, sparse=True)
     needed = torch.tensor([blocks_needed([vocab[i] for i in text]) for text in idx])
     exact = (gates != 0).sum(0) == needed
@@ -73,11 +78,12 @@ def depth_scores(model, vocab, idx, losses):
     for x in idx.split(64):
         gates = model(x, sparse=not soft)[1]
         depth.append((gates if soft else (gates != 0).float()).sum(0))
-    depth, is_space, scores = torch.cat(depth), torch.tensor([c.isspace() for c in vocab])[idx], {}
-    for name, chosen in (("", losses >= 0), ("_nonblank", ~is_space)):
+    depth, scores = torch.cat(depth), {}
+    is_space = torch.tensor([c.isspace() for c in vocab])[idx]
+    for name, chosen in (("", torch.ones_like(is_space)), ("_nonblank", ~is_space)):
         fifths = depth[chosen][losses[chosen].argsort()].chunk(5)
         scores["correlation" + name] = torch.corrcoef(torch.stack([depth[chosen], losses[chosen]]))[0, 1].item()
-        scores["fifths" + name] = json.dumps([round(fifth.mean().item(), 2) for fifth in fifths])
+        scores["fifths" + name] = [round(fifth.mean().item(), 2) for fifth in fifths]
     return scores
 
 
@@ -88,7 +94,8 @@ def score(folder, about):
     paper's gate (same weights), and one of early exit makes a row for each of CONFIDENCES.
     """
     saved = load_checkpoint(folder / "ckpt.pt")[1]
-    flags, run, rows = saved["flags"], folder.name.partition("-seed=")[0], []
+    flags, rows = saved["flags"], []
+    run = folder.name.partition("-seed=")[0]
     variants = {run: {}}
     if saved["config"]["model"] == "exit":
         variants = {f"{run}-confidence={value}": {"confidence": value} for value in CONFIDENCES}
@@ -117,7 +124,7 @@ def read_csv():
     with open(CSV, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
-        row |= {name: json.loads(row[name]) for name in ("seed", *SIZES, *SCORES) if row[name]}
+        row |= {name: json.loads(row[name]) for name in ("seed", *SIZES, *SCORES, *FIFTHS) if row[name]}
     return rows
 
 
@@ -156,8 +163,8 @@ def against_plain(rows, others):
 
 def table(rows):
     """
-    Rows -> lines of cells: run, split, number of seeds, means and standard deviations of SCORES; then, with 95%
-    intervals, the full and the sparse loss above_full (on text), and the sparse loss against_plain.
+    Rows -> lines of cells: run, split, number of seeds, means and standard deviations of SCORES, means of FIFTHS; then,
+    with 95% intervals, the full and the sparse loss above_full (on text), and the sparse loss against_plain.
     """
     lines = []
     for key, found in sorted(group(rows).items()):
@@ -166,6 +173,9 @@ def table(rows):
             values = [row[column] for row in found if row.get(column, "") != ""]
             spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
             lines[-1].append(f"{statistics.mean(values):{form}}{spread}" if values else "")
+        for column in FIFTHS:
+            values = [row[column] for row in found if row.get(column, "") != ""]
+            lines[-1].append(", ".join(f"{statistics.mean(fifth):.2f}" for fifth in zip(*values)))
         above = [[], []]                # no percentages for chains, because the loss is near 0
         if found[0]["family"] != "chain":
             above = [above_full(found, rows, loss) for loss in ("val_loss", "val_loss_sparse")]
