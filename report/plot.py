@@ -11,7 +11,7 @@ DESIGNS = {
     "skip": ("C5", "P", {"chain": ("gate=skip-lam=0.01", 8, 0), "deep": ("gate=skip-lam=0.001", 5, -9)}),
     "stretch": ("C2", "^", {"chain": ("gate=stretch-lam=0.8", -8, 0), "deep": ("gate=stretch-lam=0.001", -8, -10)}),
     "straight": ("C0", "v", {"chain": ("gate=straight-lam=0.3", -8, -4), "deep": ("gate=straight-lam=0.001", 6, 9)}),
-    "straight, 3 layers": ("C9", "<", {"chain": ("gate=straight-n_layer=3-lam=0.03", -8, 8)}),
+    "straight,\n3 layers": ("C9", "<", {"chain": ("gate=straight-n_layer=3-lam=0.03", -8, 8)}),
     "straight --halt": ("C4", "D", {"chain": ("gate=straight-halt-lam=0.03", 8, -4),
                                     "deep": ("gate=straight-halt-lam=0.001", 8, 4)})}
 
@@ -57,7 +57,7 @@ def draw(path, preset="chain", label="", own=(), own_plain=()):
             x, y = put(panel, groups[f"preset={panel}-{name}", "val"], fmt=mark, color=color, ms=7)
             text = design
             if panel == "deep" and y > 5:
-                text, y = f"{design}: {y:+.0f}% (off the scale)", 4.8
+                text, y = f"{design},\n{y:+.0f}% ↑", 4.7         # off the scale
                 axes[panel].plot(x, y, mark, color=color, ms=7)
             write(panel, text, (x, y), dx, dy, color)
     if own:
