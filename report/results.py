@@ -24,7 +24,8 @@ SIZES = ("n_layer", "n_embd", "block_size", "vocab_size")
 SCORES = dict(tlops_saved=".1%", val_loss=".4f", val_loss_sparse=".4f", blocks=".2f", cost=".1%", accuracy=".1%",
               exact=".0%", correlation=".2f", correlation_nonblank=".2f")
 FIFTHS = ("fifths", "fifths_nonblank")
-COLUMNS = ("family", "run", "split", "seed", "model", "gate", *SIZES, *SCORES, *FIFTHS, "processor", "threads", "commit")
+COLUMNS = ("family", "run", "split", "seed", "model", "gate", *SIZES, *SCORES, *FIFTHS, "processor", "threads",
+           "commit")
 # Means over n seeds: the 97.5% quantile of Student's t with n - 1 degrees of freedom
 T_95 = {2: 12.7062, 3: 4.3027, 4: 3.1824, 5: 2.7764, 6: 2.5706}
 
