@@ -3,7 +3,7 @@ Look inside a trained model:
 
     python sample.py                        write text with the newest model; in a terminal, colors show the gates
     python sample.py out/tsa-1 --map        show what each token would predict next, after each block
-    python sample.py report/chain.pt        a map of a chain, with the correct answers
+    python sample.py report/chain.pt        a map of a puzzle, with the correct answers
 """
 import argparse
 import os
@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from data import chain_answers, encode
-from tsa import GATES, generate, load_checkpoint, saving
-from train import DEVICE, bounded, existing_device
+from data import LETTERS, chain_answers, encode
+from tsa import GATES, generate, load_checkpoint
+from train import DEVICE, bounded
 
 SHIPPED = Path(__file__).resolve().parent / "report" / "python-skip.pt"
 BLUES = (195, 159, 117, 75, 33)         # terminal colors for gates from near 0 (pale) to 1 (deep)
@@ -28,17 +28,15 @@ def paint(text, gate):
     return f"\033[30;48;5;{BLUES[round(min(max(gate, 0), 1) * (len(BLUES) - 1))]}m{text}\033[0m"
 
 
-def write_text(model, vocab, idx, args, sparse, end):
-    """Print idx (1, T) and its continuation up to `end`. Return the gates (L, n) of the n tokens that predicted it."""
+def write_text(model, vocab, idx, args, sparse):
+    """Print idx (1, T) and its continuation, colored by the gates of the tokens that predicted it: (L, n), returned."""
     print("".join(vocab[i] for i in idx[0]), end="")
     steps = []
     for idx_next, gates in generate(model, idx, args.max_new_tokens, args.temperature, args.top_k, sparse):
         c, gates = vocab[idx_next.item()], gates.cpu()                          # gates (L, 1)
-        depth = (gates != 0).float() if sparse else gates               # if sparse, the fraction of blocks that ran
+        depth = (gates != 0).float() if sparse else gates       # if sparse, the fraction of the blocks that ran
         print(c if c == "\n" else paint(c, depth.mean().item()), end="", flush=True)
         steps.append(gates)
-        if c == end:
-            break
     print()
     return torch.cat(steps, dim=1)
 
@@ -46,17 +44,16 @@ def write_text(model, vocab, idx, args, sparse, end):
 @torch.inference_mode()
 def write_map(model, vocab, idx, sparse, answers):
     """
-    Print a row per block, the last on top, and a column per token of idx (1, T). A cell shows the character that the
-    model would predict after that block, and is blank if the token skipped it. With `answers`, a final row shows them
-    and marks those that the model got wrong. Return the gates (L, T).
+    Print a row per block, the last on top, and a column per token of idx (1, T). A cell shows what the model would
+    predict at that token if it stopped after that block, in the color of the gate, and is blank if the token skipped
+    the block. `answers` of a puzzle have a row of their own, with a mark at wrong predictions. Return the gates (L, T).
     """
     outputs, L, T = [], model.config.n_layer, idx.size(1)
     hooks = [block.register_forward_hook(lambda block, args, x: outputs.append(x)) for block in model.blocks]
     logits, gates = model(idx, sparse)
     for hook in hooks:
         hook.remove()
-    norms = [*getattr(model, "exit_norms", [model.ln_f] * (L - 1)), model.ln_f]
-    predicted = [model.head(norm(x))[0].argmax(-1).tolist() for norm, x in zip(norms, outputs)]  # (L, T)
+    predicted = [model.head(norm(x))[0].argmax(-1).tolist() for norm, x in zip(model.norms(), outputs)]  # (L, T)
     final, gates = logits[0].argmax(-1).tolist(), gates[:, 0].cpu()             # (T,), (L, T)
 
     shown = [{"\n": "⏎", " ": "␣", "\t": "⇥"}.get(c, c) for c in vocab]
@@ -67,6 +64,7 @@ def write_map(model, vocab, idx, sparse, answers):
             print((f"block {l:<2}" + "".join(cells)).rstrip())
         print("token   " + "".join(" " + shown[idx[0, t]] for t in part))
         if answers:
+            print(("name    " + "".join(" " + LETTERS[t:t + 1] for t in part)).rstrip())
             print("answer  " + "".join(" !"[vocab[final[t]] != answers[t]] + answers[t] for t in part))
         print()
     return gates
@@ -76,7 +74,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Look inside a trained model.", allow_abbrev=False)
     add, positive = parser.add_argument, bounded(int, 1)
     add("path", type=Path, nargs="?", help="run or checkpoint (default: the newest run, or report/python-skip.pt)")
-    add("--map", action="store_true", help="show each token's next prediction after each block; always on for chains")
+    add("--map", action="store_true", help="show what each token would predict after each block; always on for chain")
     add("--prompt", help="text to continue or to map (default: stored in the checkpoint)")
     add("--gate", choices=GATES, help="gate design (default: the checkpoint's)")
     add("--sparse", action=argparse.BooleanOptionalAction,
@@ -85,35 +83,30 @@ def main(argv=None):
     add("--temperature", type=bounded(float, 0), default=0.8, help="0 picks the most likely token (default: 0.8)")
     add("--top_k", type=positive, help="sample from the k most likely tokens (default: from all)")
     add("--seed", type=bounded(int, 0), default=0, help="random seed (default: 0)")
-    add("--device", type=existing_device, default=DEVICE, help="cpu, cuda, mps ...")
+    add("--device", default=DEVICE, help="cpu, cuda, mps ...")
     args = parser.parse_args(argv)
 
     path = args.path or max(Path("out").glob("*/ckpt.pt"), key=os.path.getmtime, default=SHIPPED)
     try:
         model, saved = load_checkpoint(path, **({"gate": args.gate} if args.gate else {}))
-        config, vocab, task = model.config, saved["vocab"], saved["flags"]["data"]
-        shows_map = args.map or task == "chain"             # a chain has no continuation
+        config, vocab, is_chain = model.config, saved["vocab"], saved["flags"]["data"] == "chain"
+        shows_map = args.map or is_chain                    # a puzzle has no continuation
         prompt = saved["prompt"] if args.prompt is None else args.prompt
-        if not prompt or shows_map and len(prompt) > config.block_size:
+        if not prompt or (shows_map and len(prompt) > config.block_size):
             raise ValueError(f"--prompt needs at least one character and, for a map, at most {config.block_size}")
         idx = encode(prompt, vocab)[None].to(args.device)                       # (1, T)
-        answers = chain_answers(prompt) if task == "chain" else None
+        answers = chain_answers(prompt) if is_chain else None
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     model.to(args.device)
     soft = (config.model, config.gate) == ("tsa", "soft")
     sparse = not soft if args.sparse is None else args.sparse
     torch.manual_seed(args.seed)
-    if shows_map:
-        gates = write_map(model, vocab, idx, sparse, answers)
-    else:
-        gates = write_text(model, vocab, idx, args, sparse, end="$" if task in ("copy", "sort") else None)
+    gates = write_map(model, vocab, idx, sparse, answers) if shows_map else write_text(model, vocab, idx, args, sparse)
     summary = f"full: every token ran all {config.n_layer} blocks" + (" (--gate skip skips some)" if soft else "")
     if sparse:
-        ran = (gates != 0).double().mean(1).tolist()
-        share = saving(model, ran, gates.size(1) if shows_map else None)
-        summary = f"sparse: a token ran {sum(ran):.2f} of {len(ran)} blocks, saving {share:.1%} of the multiply-adds"
-    print(f"{path}, {summary}", file=sys.stderr)
+        summary = f"sparse: a token ran {(gates != 0).double().mean(1).sum():.2f} of {config.n_layer} blocks on average"
+    print(f"{path}, {summary}" + "; deeper blue: larger gates" * (paint("x", 1) != "x"), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,12 @@ import contextlib
 import itertools
 import json
 import math
-import shutil
+import os
+import statistics
 import sys
 import time
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,18 +28,16 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import data
-from tsa import GATES, MODELS, Config, load_checkpoint, saving, token_loss
+from tsa import GATES, MODELS, Config, Transformer, load_checkpoint, saving, token_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PRESETS = {     # override the defaults of the flags below
+PRESETS = {     # replace defaults of the flags below
     "laptop": {},
     "deep": dict(data="stdlib", n_layer=12, learning_rate=3e-3, warmup_iters=300),
-    "paper": dict(n_head=8, n_embd=256, block_size=128, dropout=0.1, batch_size=64, max_iters=5000, learning_rate=3e-4,
-                  warmup_iters=0, eval_interval=250),
+    "paper": dict(gate="soft", n_head=8, n_embd=256, block_size=128, dropout=0.1, batch_size=64, max_iters=5000,
+                  learning_rate=3e-4, warmup_iters=0, eval_interval=250),
     "chain": dict(data="chain", n_embd=64, block_size=30, batch_size=64, max_iters=1500, learning_rate=2e-3,
                   lam_ramp=0.5, eval_interval=100),
-    "copy": dict(data="copy", batch_size=256, max_iters=390, eval_interval=39),
-    "sort": dict(data="sort", batch_size=256, max_iters=390, eval_interval=39),
 }
 
 
@@ -51,81 +51,74 @@ def bounded(kind, low, high=math.inf):
     return number
 
 
-def existing_device(text):
-    """A type for argparse: the name of a device that exists."""
-    try:
-        torch.ones(1, device=text)
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(str(error).splitlines()[0]) from None
-    return text
-
-
 def parse_flags(argv):
-    """
-    Return the flags, and the folder or checkpoint to resume or to score (otherwise None). You can skip this function on
-    a first reading.
-    """
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-    add, positive = parser.add_argument, bounded(int, 1)
-    add("--preset", choices=PRESETS, default="laptop", help="overrides the defaults below; explicit flags win")
-    add("--model", choices=MODELS, default=Config.model, help="the plain transformer, the paper's model, or early exit")
-    add("--gate", choices=GATES, default=Config.gate, help="tsa: gate design, from GATES in tsa.py")
-    add("--gate_bias", type=bounded(float, -100, 100), default=Config.gate_bias, help="tsa: initial bias of a router")
-    add("--halt", action=argparse.BooleanOptionalAction, default=False, help="tsa: skip all blocks after a skipped one")
-    add("--lam", type=bounded(float, 0), default=0.001, help="tsa: weight of the depth loss (the mean gate)")
-    add("--lam_ramp", type=bounded(float, 0, 1), default=0.0, help="tsa: fraction of training over which lam rises")
-    add("--confidence", type=bounded(float, 0, 1), default=Config.confidence, help="exit: exit above this probability")
-    add("--data", default="auto", help="shakespeare, enwik8, stdlib, copy, sort, chain, or the path of a text file; "
-                                       "auto: shakespeare, or stdlib if it cannot be downloaded")
-    add("--n_layer", type=positive, default=Config.n_layer, help="number of blocks")
-    add("--n_head", type=positive, default=Config.n_head, help="number of attention heads")
-    add("--n_embd", type=positive, default=Config.n_embd, help="embedding width")
-    add("--block_size", type=positive, default=Config.block_size, help="context length in tokens")
-    add("--dropout", type=bounded(float, 0, 1), default=Config.dropout, help="dropout probability")
-    add("--batch_size", type=positive, default=32, help="sequences per step")
-    add("--max_iters", type=positive, default=2400, help="training steps")
-    add("--learning_rate", type=bounded(float, 0), default=1.5e-3, help="peak learning rate; cosine decay to 10%%")
-    add("--warmup_iters", type=bounded(int, 0), default=100, help="steps of linear warm-up")
-    add("--eval_interval", type=positive, default=200, help="steps between checkpoints and evaluations")
-    add("--seed", type=bounded(int, 0), default=0, help="random seed")
-    add("--device", type=existing_device, default=DEVICE, help="cpu, cuda, mps ...")
-    add("--dtype", choices=("float32", "bfloat16"), help="precision of the training step")
-    add("--compile", action="store_true", help="compile the loss with torch.compile")
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--out_dir", type=Path, help="new output folder; None: out/MODEL-1, -2, ...")
-    where.add_argument("--resume", type=Path, help="run to continue (only --max_iters and --device may change)")
-    where.add_argument("--score", type=Path, help="run to evaluate (--gate, --halt, --confidence may change)")
+    """Return the flags, and the model and the checkpoint to resume or to score (or None, None)."""
+    parser, defaults = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False), {}
 
-    # Later defaults override earlier ones: the flags' own, the preset's, the checkpoint's. Explicit flags win.
-    argv = sys.argv[1:] if argv is None else argv
-    # A first parse, for --preset, --device, --resume and --score; the second one has the right defaults.
-    given, _ = parser.parse_known_args([flag for flag in argv if flag not in ("-h", "--help")])
-    parser.set_defaults(dtype="bfloat16" if supports_bfloat16(given.device) else "float32", **PRESETS[given.preset])
-    path = given.resume or given.score
-    saved = load_checkpoint(path)[1] if path else {"flags": {}}
-    parser.set_defaults(**saved["flags"] | {"device": given.device})
-    args = parser.parse_args(argv)
-    may_change = ("device", "score", "gate", "halt", "confidence") if args.score else ("device", "resume", "max_iters")
-    for name, value in vars(args).items():
-        if name not in may_change and value != saved["flags"].get(name, value):
-            parser.error(f"--{name} cannot change: it is {saved['flags'][name]} in {path}")
-    if args.resume and "optimizer" not in saved:
-        parser.error(f"{path} has no optimizer state: use --score {path}")
-    if args.resume and args.max_iters < saved["step"]:
-        parser.error(f"--max_iters {args.max_iters}: this run has reached step {saved['step']}")
-    if args.out_dir and args.out_dir.exists():
-        parser.error(f"--out_dir {args.out_dir} exists: to continue its run, use --resume {args.out_dir}")
+    def add(name, default, help, **how):
+        defaults[name] = default
+        shown = "" if default is None else f" (default: {default})"
+        parser.add_argument(f"--{name}", help=help + shown, **how)
+
+    positive, fraction = dict(type=bounded(int, 1)), dict(type=bounded(float, 0, 1))
+    add("preset", "laptop", "replaces some of the defaults below", choices=PRESETS)
+    add("model", Config.model, "the plain transformer, the paper's model, or early exit", choices=MODELS)
+    add("gate", Config.gate, "tsa: gate design, from GATES in tsa.py", choices=GATES)
+    add("gate_bias", Config.gate_bias, "tsa: initial b2 of equation (3); more makes smaller gates", type=float)
+    add("halt", False, "tsa: skip all blocks after a skipped one", action=argparse.BooleanOptionalAction)
+    add("lam", 0.001, "tsa: weight of the depth loss (the mean gate)", type=bounded(float, 0))
+    add("lam_ramp", 0.0, "tsa: fraction of training over which lam rises", **fraction)
+    add("confidence", Config.confidence, "exit: exit above this probability", **fraction)
+    add("data", "auto", "shakespeare, enwik8, stdlib, chain, or the path of a text; auto: shakespeare, or stdlib if it "
+                        "cannot be downloaded")
+    add("n_layer", Config.n_layer, "number of blocks", **positive)
+    add("n_head", Config.n_head, "number of attention heads", **positive)
+    add("n_embd", Config.n_embd, "embedding width", **positive)
+    add("block_size", Config.block_size, "context length in tokens", **positive)
+    add("dropout", Config.dropout, "dropout probability", **fraction)
+    add("batch_size", 32, "sequences per step", **positive)
+    add("max_iters", 2400, "training steps", **positive)
+    add("learning_rate", 1.5e-3, "peak learning rate; cosine decay to 10%%", type=bounded(float, 0))
+    add("warmup_iters", 100, "steps of linear warm-up", type=bounded(int, 0))
+    add("eval_interval", 200, "steps between evaluations and checkpoints", **positive)
+    add("seed", 0, "random seed", type=bounded(int, 0))
+    add("device", DEVICE, "cpu, cuda, mps ...")
+    add("dtype", None, "precision of training (default: bfloat16 if the device is fast at it)",
+        choices=("float32", "bfloat16"))
+    add("compile", False, "compile the loss with torch.compile", action="store_true")
+    add("out_dir", None, "folder of the new run (default: out/MODEL-1, -2, ...)", type=Path)
+    add("resume", None, "folder of a run to continue (only --device may change)", type=Path)
+    add("score", None, "run or checkpoint to evaluate (--gate, --halt, --confidence may change)", type=Path)
+
+    typed, model, saved = vars(parser.parse_args(argv)), None, None
+    known = PRESETS[typed.get("preset", "laptop")]
+    for task, may_change in (("resume", set()), ("score", {"gate", "halt", "confidence"})):
+        if task in typed:
+            for name in typed.keys() - may_change - {task, "device"}:
+                parser.error(f"--{name} cannot be combined with --{task}")
+            changes = {name: typed[name] for name in may_change & typed.keys()}
+            model, saved = load_checkpoint(typed[task], **changes)
+            known = saved["flags"] | {"device": DEVICE}
+    if "resume" in typed and not (typed["resume"].is_dir() and "optimizer" in saved):
+        parser.error("--resume needs the folder of a run; any checkpoint can be evaluated with --score")
+    args = argparse.Namespace(**defaults | known | typed)       # later ones replace earlier ones
+    args.dtype = args.dtype or ("bfloat16" if supports_bfloat16(args.device) else "float32")
+    if args.out_dir and (args.out_dir / "ckpt.pt").exists():
+        parser.error(f"--out_dir {args.out_dir} has a run: to continue it, use --resume {args.out_dir}")
     if args.n_embd % args.n_head:
         parser.error(f"--n_embd {args.n_embd} is not divisible by --n_head {args.n_head}")
     if args.n_layer == 1 and args.model != "plain":
         parser.error(f"--model {args.model} needs --n_layer 2 or more")
-    return args, path
+    return args, model, saved
 
 
 def supports_bfloat16(device):
     if device.startswith("cpu"):
         return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)    # despite its name, speeds up `unfused` on CPUs
 
 
 @contextlib.contextmanager
@@ -140,29 +133,51 @@ def precision(device, dtype):
 @torch.no_grad()
 def evaluate(model, idx, targets, sparse):
     """Windows idx, targets (n, T) -> the mean loss, each block's mean gate, and the fraction of tokens that ran it."""
-    model.eval()
-    device = model.wte.weight.device
-    loss = gate_sum = ran = 0
+    device, losses, gate_sum, ran = model.wte.weight.device, [], 0, 0
     for x, y in zip(idx.split(64), targets.split(64)):
         logits, gates = model(x.to(device), sparse)                             # gates (L, B, T)
-        loss += token_loss(logits, y.to(device)).sum().item()
-        gate_sum += gates.sum((1, 2)).cpu()
-        ran += (gates != 0).sum((1, 2)).cpu()
-    return loss / (targets >= 0).sum().item(), (gate_sum / idx.numel()).tolist(), (ran / idx.numel()).tolist()
+        losses.append(token_loss(logits, y.to(device)).sum())
+        gate_sum = gate_sum + gates.sum((1, 2))
+        ran = ran + (gates != 0).sum((1, 2))
+    loss = sum(torch.stack(losses).tolist()) / targets.numel()
+    return loss, (gate_sum / idx.numel()).tolist(), (ran / idx.numel()).tolist()
 
 
-def score(model, idx, targets):
-    """Evaluate a full pass and a sparse one (the same for a plain model). Print and return the scores."""
+@torch.no_grad()
+def speedup(model, idx):
+    """How many times as fast a sparse pass is as a pass of the plain model with the same blocks, on windows (n, T)."""
+    ratios = []
+    for x in idx[:64].to(model.wte.weight.device).expand(16, -1, -1):       # the two take turns, because speeds drift
+        seconds = []
+        for run in (partial(Transformer.forward, model), partial(model, sparse=True)):
+            began = time.perf_counter()
+            run(x)[0][-1, -1, -1].item()        # waits for the device
+            seconds.append(time.perf_counter() - began)
+        ratios.append(seconds[0] / seconds[1])
+    return statistics.median(ratios[1:])        # without the warm-up
+
+
+def spaced(numbers):
+    return " ".join(f"{number:.2f}" for number in numbers)
+
+
+def score(model, idx, targets, timed=False):
+    """Evaluate windows idx, targets (n, T). Print and return the scores. If timed, also print the speed-up."""
+    model.eval()
+    print(f"validation, {len(idx):,} windows", flush=True)
     val_loss, gates, ran = evaluate(model, idx, targets, sparse=False)
-    val_loss_sparse = val_loss
-    if model.config.model != "plain":
+    kind, val_loss_sparse = model.config.model, val_loss
+    if kind != "plain":         # all passes of a plain model are the same
         val_loss_sparse, _, ran = evaluate(model, idx, targets, sparse=True)
-    tlops_saved = 1 - sum(gates) / len(gates)           # of the paper's token-layer operations
-    saved = saving(model, ran, idx.size(1))
-    print(f"validation ({len(idx):,} windows)\nfull    loss {val_loss:.4f}  mean gates", *(f"{g:.2f}" for g in gates),
-          f" {tlops_saved:.1%} saved by the paper's count")
-    print(f"sparse  loss {val_loss_sparse:.4f}  open gates", *(f"{share:.2f}" for share in ran),
-          f" {saved:.1%} of the multiply-adds saved")
+    counted = ran if kind == "exit" else gates          # in token-layer operations (TLOps), the paper's unit
+    tlops_saved, saved = 1 - sum(counted) / len(counted), saving(model, ran, idx.size(1))
+    by_count = f"  {tlops_saved:.1%} saved by the paper's count"
+    print(f"full   loss {val_loss:.4f}" + (f"  gates {spaced(gates)}{by_count}" if kind == "tsa" else ""))
+    if kind != "plain":
+        print(f"sparse loss {val_loss_sparse:.4f}  open  {spaced(ran)}  {abs(saved):.1%}",
+              f"{'fewer' if saved >= 0 else 'more'} multiply-adds" + f", {speedup(model, idx):.1f}x as fast" * timed)
+    if kind == "exit":
+        print(" " * 6 + by_count)
     return dict(val_loss=val_loss, val_loss_sparse=val_loss_sparse, tlops_saved=tlops_saved, blocks=sum(ran),
                 saved=saved, gates=gates, ran=ran)
 
@@ -188,33 +203,26 @@ def schedule(step, warmup_iters, max_iters):
     return min(step / max(warmup_iters, 1), 1) * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def fit(model, args, corpus, saved, out_dir):
-    """Train the model, and save checkpoints and the result in out_dir. `saved` is the checkpoint to resume, or None."""
+def fit(model, args, corpus, saved):
+    """Train the model, and save checkpoints and the result. `saved` is the checkpoint to resume, or None."""
     idx, targets = corpus.windows("val", args.block_size)                       # (n, T) each
-    stride = max(len(idx) // 256, 1)    # evaluations during training use about 256 windows, spread over the split
-    optimizer, routers = make_optimizer(model), getattr(model, "routers", None)
-    step = first = saved["step"] if saved else 0
+    optimizer, first = make_optimizer(model), 0
     if saved:
         optimizer.load_state_dict(saved["optimizer"])
+        first = saved["step"]
     flags = {name: value for name, value in vars(args).items() if name not in ("out_dir", "resume", "score")}
     run = {"config": vars(model.config), "flags": flags, "vocab": corpus.vocab, "checksum": corpus.checksum(),
            "prompt": corpus.prompt[:args.block_size]}
-    print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters, checkpoints in {out_dir}")
-    loss_of = torch.compile(model.loss) if args.compile else model.loss
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)    # despite its name, faster on CPUs (see precision)
-    began = time.perf_counter()
-    saves = True        # also before the first step
-    while True:
-        if saves:
-            run |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-            torch.save(run, out_dir / "ckpt.tmp")
-            (out_dir / "ckpt.tmp").replace(out_dir / "ckpt.pt")     # so ckpt.pt is always complete
-            score(model, idx[::stride], targets[::stride])
-        if step == args.max_iters:
-            break
+    print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters, data {args.data}, "
+          f"device {args.device}, dtype {args.dtype}")
 
-        step += 1
-        saves = step % args.eval_interval == 0 or step == args.max_iters
+    def evaluation(step):       # of all windows at the end, otherwise of about 256, spread over the split
+        stride = 1 if step == args.max_iters else max(len(idx) // 256, 1)
+        return score(model, idx[::stride], targets[::stride], timed=step == args.max_iters)
+
+    scores, began = evaluation(first), time.perf_counter()
+    loss_of = torch.compile(model.loss) if args.compile else model.loss
+    for step in range(first + 1, args.max_iters + 1):
         model.train()           # evaluation leaves it in eval mode
         seed_step(args.seed, step)
         for group in optimizer.param_groups:
@@ -224,69 +232,70 @@ def fit(model, args, corpus, saved, out_dir):
         x, y = (part.to(args.device) for part in corpus.batch(args.batch_size, args.block_size))  # (B, T) each
         with precision(args.device, args.dtype):
             task_loss, gates = loss_of(x, y)                                    # gates (L, B, T)
-            loss = task_loss + (lam * model.depth_loss(gates) if routers else 0)
+            loss = task_loss + lam * model.depth_loss(gates)
         loss.backward()
-        if routers and step == 1 and not any(p.grad is not None and p.grad.any() for p in routers.parameters()):
-            if not saved:
-                shutil.rmtree(out_dir)      # so that the same command works once the gate is fixed
-            sys.exit(f"error: --gate {args.gate} passes no gradient to the routers at their initial scales")
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if saves or step % 20 == 0:
-            if not torch.isfinite(norm):
-                raise FloatingPointError("the gradient is not finite: start again with a lower --learning_rate")
-            seconds = (time.perf_counter() - began) / (step - first)      # per step, including evaluations
-            print(f"step {step}/{args.max_iters}  loss {task_loss.item():.4f}  gates",
-                  *(f"{gate:.2f}" for gate in gates.mean((1, 2)).tolist()), f" {1000 * seconds:.0f} ms/step, "
-                  f"{seconds * (args.max_iters - step) / 60:.1f} min left", flush=True)
 
-    result = run["config"] | flags | score(model, idx, targets)         # now on all windows
-    (out_dir / "result.json").write_text(json.dumps(result, indent=1))
-    print(f"to look inside: python sample.py {out_dir} (with or without --map)")
+        if step % 20 == 0:
+            seconds = (time.perf_counter() - began) / (step - first)        # per step, including evaluations
+            shown = f"  gates {spaced(gates.mean((1, 2)).tolist())}" if args.model == "tsa" else ""
+            print(f"step {step}/{args.max_iters}  loss {task_loss.item():.4f}{shown}  {1000 * seconds:.0f} ms/step, "
+                  f"{seconds * (args.max_iters - step) / 60:.1f} min left", flush=True)
+        if step % args.eval_interval == 0 or step == args.max_iters:
+            scores = evaluation(step)
+            if not math.isfinite(scores["val_loss"]):
+                raise FloatingPointError("the loss is not finite: start again with a lower --learning_rate")
+            run.update(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
+            args.out_dir = args.out_dir or new_folder(args.model)
+            args.out_dir.mkdir(parents=True, exist_ok=True)
+            unfinished = args.out_dir / f"ckpt-{os.getpid()}.tmp"
+            torch.save(run, unfinished)
+            unfinished.replace(args.out_dir / "ckpt.pt")        # so ckpt.pt is always complete
+
+    (args.out_dir / "result.json").write_text(json.dumps(run["config"] | flags | scores, indent=1))
+    print(f"to look inside: python sample.py {args.out_dir} (with or without --map)")
+
+
+def new_folder(model):
+    """Make the first of out/MODEL-1, out/MODEL-2, ... that does not exist."""
+    for n in itertools.count(1):
+        with contextlib.suppress(FileExistsError):
+            folder = Path(f"out/{model}-{n}")
+            folder.mkdir(parents=True)
+            return folder
 
 
 def main(argv=None):
     try:
-        args, path = parse_flags(argv)
+        args, model, saved = parse_flags(argv)
         if args.data == "auto":
             args.data = data.shakespeare_or_stdlib()
         corpus = data.load(args.data)
         idx, targets = corpus.windows("val", args.block_size)
-        if path:
-            model, saved = load_checkpoint(path, gate=args.gate, halt=args.halt, confidence=args.confidence)
-            if saved["vocab"] != corpus.vocab or args.resume and saved["checksum"] != corpus.checksum():
-                raise ValueError(f"--data {args.data}: the text has changed since this model was trained")
-        else:
-            saved = None
-            seed_step(args.seed, 0)
-            settings = {field.name: getattr(args, field.name) for field in fields(Config) if field.name in args}
-            model = MODELS[args.model](Config(vocab_size=len(corpus.vocab), **settings))
-        model.to(args.device)
-        numbered = (Path(f"out/{args.model}-{n}") for n in itertools.count(1))
-        out_dir = args.out_dir or next(folder for folder in numbered if not folder.exists())
-        if args.resume:
-            out_dir = path if path.is_dir() else path.parent
-        if not args.score:
-            out_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+        changed = saved and saved["checksum"] != corpus.checksum()
+        if changed and (args.resume or saved["vocab"] != corpus.vocab):
+            raise ValueError(f"--data {args.data}: the text has changed since this model was trained")
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    print(*(f"{name}={value}" for name, value in vars(args).items() if value is not None))
+    if not saved:
+        seed_step(args.seed, 0)
+        settings = {field.name: getattr(args, field.name) for field in fields(Config) if field.name in args}
+        model = MODELS[args.model](Config(vocab_size=len(corpus.vocab), **settings))
+    model.to(args.device)
     if args.score:
-        score(model, idx, targets)
+        if changed:
+            print("note: the text has changed since this model was trained")
+        score(model, idx, targets, timed=True)
         return
+    args.out_dir = args.resume or args.out_dir
     try:
-        fit(model, args, corpus, saved, out_dir)
+        fit(model, args, corpus, saved)
     except KeyboardInterrupt:
-        if (out_dir / "ckpt.pt").exists():
-            step = load_checkpoint(out_dir)[1]["step"]
-            raise KeyboardInterrupt(f"To continue from step {step}: python train.py --resume {out_dir}") from None
-        shutil.rmtree(out_dir)
-        raise
+        has_run = args.out_dir and (args.out_dir / "ckpt.pt").exists()
+        sys.exit("\ninterrupted" + f". To continue: python train.py --resume {args.out_dir}" * bool(has_run))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt as stop:
-        sys.exit(f"\ninterrupted. {stop}")
+    main()

@@ -1,13 +1,13 @@
 """
-Token-Selective Attention (TSA) in one file: a character-level transformer in which a router decides, for every token,
-how much each block changes it. From scratch, after "Adaptive Computation Depth via Learned Token Routing in
-Transformers" (arXiv 2605.05222). Each token has a gate for each block but the first. It scales both updates of the
-token's state x:
+Token-Selective Attention (TSA) in one file: a character-level transformer in which routers, one after each block but
+the last, decide for every token how much the next block changes it. From scratch, after "Adaptive Computation Depth via
+Learned Token Routing in Transformers" (arXiv 2605.05222). A token has a gate for each block but the first. The gate
+scales both updates of the token's state x:
 
     x = x + gate * attn(ln1(x))                     (1)
     x = x + gate * ffn(ln2(x))                      (2)
 
-After every block but the last, a router computes from x the "probability" p that the token skips the next block:
+A router computes from x the "probability" p that the token skips the next block:
 
     p = sigmoid(W2 relu(W1 x + b1) + b2)            (3)
     gate = 1 - p                                    (4)
@@ -17,7 +17,8 @@ Nothing is sampled. A model with gates runs in two ways:
     model(idx)                  full: every block is computed for every token and scaled by its gate, as in training
     model(idx, sparse=True)     sparse: a token whose gate is 0 skips the block and keeps its x
 
-A skip saves only about 80% of a block, because keys, values and attention scores are computed for all tokens.
+Gates of equation (4) are practically never 0, so a design may set some of them to 0 in a sparse pass. A skip saves only
+about 80% of a block, because keys, values and attention scores are computed for all tokens.
 Shapes: B sequences of T tokens, C = n_embd channels, nh heads of size hs = C / nh, V characters, L blocks. In a sparse
 pass, N of the B * T tokens run a block. S tokens per sequence have keys and values: T, or more with a cache.
 """
@@ -34,8 +35,8 @@ from torch.nn import functional as F
 class Config:
     """The hyperparameters of a model. The defaults are small; `--preset paper` of train.py has the paper's sizes."""
     model: str = "tsa"          # a name in MODELS
-    gate: str = "soft"          # tsa: a name in GATES
-    gate_bias: float = -1.0     # tsa: initial b2 of equation (3); -1 starts the gates near 0.73
+    gate: str = "skip"          # tsa: a name in GATES
+    gate_bias: float = -1.0     # tsa: initial b2 of equation (3): -1 makes gates near 0.73; more, smaller ones
     halt: bool = False          # tsa: multiply each gate by those before it, so that it stays 0 once it is 0
     confidence: float = 0.9     # exit: exit once the largest probability exceeds this
     vocab_size: int = 65
@@ -53,7 +54,7 @@ class Router(nn.Module):
     """
     Computes the gate of the next block from the state after this one. A design is a subclass that overrides `gate`,
     `scale` or `sparse_gate`, and may have parameters and buffers of its own. A token's gate must not depend on other
-    tokens: when the model generates text, x holds only the newest one.
+    tokens: when the model generates text, x holds only the newest token.
     """
 
     def __init__(self, config):
@@ -66,33 +67,35 @@ class Router(nn.Module):
 
     def forward(self, x, gates, sparse=False):
         """x (B, T, C), gates [(B, T), ...] of blocks 0 (ones), 1, ... so far -> the gate of block len(gates) (B, T)."""
-        scale = self.scale(x, gates)
-        gate = self.sparse_gate(scale) if sparse else self.gate(scale)
-        return gate * gates[-1] if self.halt else gate
+        gate = self.gate(self.scale(x, gates))
+        if self.halt:
+            gate = gate * gates[-1]
+        assert gate.shape == x.shape[:2], f"a gate of shape {tuple(gate.shape)} instead of {tuple(x.shape[:2])}, (B, T)"
+        return self.sparse_gate(gate) if sparse else gate
 
     def scale(self, x, gates):
-        """1 - p (B, T), see equation (3). It is computed in float32, because bfloat16 would round a p near 1 to 1."""
+        """1 - p (B, T), see equation (3). The sigmoid is in float32, because bfloat16 would round a p near 1 to 1."""
         return 1 - torch.sigmoid(self.out(F.relu(self.fc(x))).squeeze(-1).float())
 
     def gate(self, scale):
         """Equation (4). Evaluation calls this, too: a design with noise adds it only `if self.training`."""
         return scale
 
-    def sparse_gate(self, scale):
-        """The gate of a sparse pass: that of training, unless a design overrides it."""
-        return self.gate(scale)
+    def sparse_gate(self, gate):
+        """The gate in a sparse pass. Unless overridden, it is the gate that was trained."""
+        return gate
 
 
 class Soft(Router):
-    """The paper's design: the gate is the scale in training, and is rounded to 0 or 1 in a sparse pass."""
-    def sparse_gate(self, scale):
-        return (scale >= 0.5).float()
+    """The paper's design: in a sparse pass, the gate is rounded to 0 or 1."""
+    def sparse_gate(self, gate):
+        return (gate >= 0.5).float()
 
 
 class Skip(Router):
-    """The paper's gate, but a sparse pass zeroes only gates below 0.1."""
-    def sparse_gate(self, scale):
-        return scale * (scale >= 0.1)
+    """The paper's gate in training. A sparse pass sets gates below 0.1 to 0 and keeps the others."""
+    def sparse_gate(self, gate):
+        return gate * (gate >= 0.1)
 
 
 class Stretch(Router):
@@ -116,33 +119,20 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         C = config.n_embd
-        assert C % config.n_head == 0, f"n_embd {C} is not divisible by n_head {config.n_head}"
         self.n_head, self.dropout = config.n_head, config.dropout
         self.query = nn.Linear(C, C, bias=False)
         self.key_value = nn.Linear(C, 2 * C, bias=False)
         self.proj = nn.Linear(C, C, bias=False)
-        self.cache = None       # only in a step of generate(): [kv (B, block_size, 2C), the number of cached tokens]
-
-    def keys_and_values(self, h):
-        """h (B, T, C) -> the keys and values of all S tokens (B, S, 2C), including those in the cache."""
-        kv = self.key_value(h)
-        if self.cache is None:
-            return kv
-        buffer, start = self.cache
-        end = start + kv.size(1)
-        buffer[:, start:end] = kv
-        self.cache[1] = end
-        return buffer[:, :end]
 
     def forward(self, h, kv, rows=None):
         """h (B, T, C), keys and values kv (B, S, 2C) -> (B, T, C), or (N, C) for the N tokens of `rows` (see Block)."""
         B, T, C = h.shape
         q = self.query(h if rows is None else h[rows])
-        if rows is not None:        # is_causal needs T queries, so the scores of tokens that skip are computed, too
+        if rows is not None:    # is_causal needs T queries, so scores are computed for all tokens (4% of a block)
             q = q.new_zeros(B, T, C).index_put(rows, q)
-        q = q.view(B, T, self.n_head, -1).transpose(1, 2)                       # (B, nh, T, hs)
-        k, v = kv.view(B, -1, 2, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, nh, S, hs) each
-        assert T in (1, k.size(2)), "with a filled cache, pass one token at a time"      # is_causal assumes S = T
+        k, v = kv.chunk(2, dim=-1)                                              # (B, S, C) each
+        assert T in (1, k.size(1)), "with a filled cache, pass one token at a time"      # is_causal assumes S = T
+        q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in (q, k, v))  # (B, nh, T or S, hs)
         dropout_p = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=T > 1)
         y = y.transpose(1, 2).flatten(2)                                        # (B, T, C)
@@ -173,13 +163,15 @@ class Block(nn.Module):
         self.ln2 = nn.LayerNorm(config.n_embd)
         self.ffn = FeedForward(config)
 
-    def forward(self, x, gate=None, sparse=False):
+    def forward(self, x, gate=None, sparse=False, cache=None):
         """
         x (B, T, C), gate (B, T) -> (B, T, C). Without a gate, this is the plain block. If sparse, only the N tokens
-        whose gate is not 0 are computed: same gate, same result.
+        whose gate is not 0 are computed. With equal gates, the result is the same.
         """
         h = self.ln1(x)
-        kv = self.attn.keys_and_values(h)       # of all tokens: those that run the block attend to those that skip it
+        kv = self.attn.key_value(h)     # of all tokens: those that run the block attend to those that skip it
+        if cache is not None:
+            kv = cache.append(kv)       # with those of earlier tokens, (B, S, 2C)
         if gate is None:
             x = x + self.attn(h, kv)
             return x + self.ffn(self.ln2(x))
@@ -215,33 +207,42 @@ class Transformer(nn.Module):
             for linear in (block.attn.proj, block.ffn.proj):
                 nn.init.normal_(linear.weight, std=0.02 / (2 * config.n_layer) ** 0.5)
 
-    def embed(self, idx):
-        """idx (B, T) -> x (B, T, C), at the positions after those in the cache."""
-        T, cache = idx.size(1), self.blocks[0].attn.cache
-        start = cache[1] if cache else 0
-        assert 0 < start + T <= self.config.block_size, f"{start + T} tokens: at most {self.config.block_size} fit"
-        x = self.wte(idx) + self.wpe.weight[start:start + T]
+    def embed(self, idx, cache=None):
+        """idx (B, T) -> x (B, T, C), at the positions after those in the cache (of any block)."""
+        start = cache.length if cache else 0
+        end = start + idx.size(1)
+        assert 0 < end <= self.config.block_size, f"{end} tokens, but the context has 1 to {self.config.block_size}"
+        x = self.wte(idx) + self.wpe.weight[start:end]
         return F.dropout(x, self.config.dropout, self.training)
+
+    def norms(self):
+        """For each block, the norm with which the model would predict if it stopped after that block."""
+        return [self.ln_f] * len(self.blocks)
 
     def head(self, h):
         return F.linear(h, self.wte.weight).float()
 
-    def forward(self, idx, sparse=False):
+    def forward(self, idx, sparse=False, caches=None):
         """idx (B, T) -> logits (B, T, V) and gates (L, B, T), both float32. In a plain model, all gates are 1."""
-        x = self.embed(idx)
-        for block in self.blocks:
-            x = block(x)
+        caches = caches or [None] * len(self.blocks)
+        x = self.embed(idx, caches[0])
+        for block, cache in zip(self.blocks, caches):
+            x = block(x, cache=cache)
         return self.head(self.ln_f(x)), torch.ones(len(self.blocks), *idx.shape, device=idx.device)
 
     def loss(self, idx, targets):
         """idx, targets (B, T) -> the mean cross-entropy (without the depth loss) and the gates (L, B, T)."""
         logits, gates = self(idx)
-        return token_loss(logits, targets).sum() / (targets >= 0).sum(), gates
+        return token_loss(logits, targets).mean(), gates
+
+    def depth_loss(self, gates):
+        """gates (L, B, T) -> the term of the loss that `lam` multiplies. A model without routers has none."""
+        return 0
 
 
 def token_loss(logits, targets):
-    """Cross-entropy of each token: (B, T, V), (B, T) -> (B, T). It is 0 where the target is -1 (not scored)."""
-    return F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=-1, reduction="none")
+    """Cross-entropy of each token: (B, T, V), (B, T) -> (B, T)."""
+    return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
 
 
 class TSA(Transformer):
@@ -251,18 +252,18 @@ class TSA(Transformer):
         super().__init__(config)
         self.routers = nn.ModuleList(GATES[config.gate](config) for _ in range(config.n_layer - 1))
 
-    def forward(self, idx, sparse=False):
-        first, *others = self.blocks
+    def forward(self, idx, sparse=False, caches=None):
+        (first, *others), caches = self.blocks, caches or [None] * len(self.blocks)
         # Block 0 has no gate, because before it has run, x says nothing about the context.
-        x = first(self.embed(idx))                                              # (B, T, C)
+        x = first(self.embed(idx, caches[0]), cache=caches[0])                  # (B, T, C)
         gates = [torch.ones(idx.shape, device=idx.device)]
-        for router, block in zip(self.routers, others):
+        for router, block, cache in zip(self.routers, others, caches[1:]):
             gates.append(router(x, gates, sparse))                              # (B, T)
-            x = block(x, gates[-1], sparse)
+            x = block(x, gates[-1], sparse, cache)
         return self.head(self.ln_f(x)), torch.stack(gates)
 
     def depth_loss(self, gates):
-        """The paper's depth loss, which `lam` weighs: gates (L, B, T) -> the mean gate of blocks 1, 2, ..."""
+        """The mean gate of blocks 1, 2, ..., as in the paper (section 1)."""
         return gates[1:].mean()
 
 
@@ -277,35 +278,40 @@ class Exit(Transformer):
         super().__init__(config)
         self.exit_norms = nn.ModuleList(nn.LayerNorm(config.n_embd) for _ in range(config.n_layer - 1))
 
-    def forward(self, idx, sparse=False):
+    def forward(self, idx, sparse=False, caches=None):
         if not sparse:
-            return super().forward(idx)
-        first, *others = self.blocks
+            return super().forward(idx, caches=caches)
+        (first, *others), caches = self.blocks, caches or [None] * len(self.blocks)
+        x = first(self.embed(idx, caches[0]), cache=caches[0])                  # (B, T, C)
         gate = torch.ones(idx.shape, device=idx.device)         # 1 until the token exits
-        x, gates, logits = first(self.embed(idx)), [gate], 0
-        # Norm l follows block l. No token exits after block 0, so exit_norms[0] serves only in training.
-        for block, norm in zip(others, [*self.exit_norms[1:], self.ln_f]):
-            x = block(x, gate, sparse=True)
+        gates, logits = [gate], torch.zeros(*idx.shape, self.config.vocab_size, device=idx.device)
+        for block, norm, cache in zip(others, self.norms()[1:], caches[1:]):
+            x = block(x, gate, sparse, cache)
             gates.append(gate)
-            prediction = self.head(norm(x))                                     # (B, T, V)
-            logits = torch.where(gate.unsqueeze(-1) != 0, prediction, logits)   # others keep theirs
-            gate = gate * (prediction.softmax(-1).amax(-1) <= self.config.confidence)
+            rows = gate.nonzero(as_tuple=True)                                  # the N tokens that ran the block
+            prediction = self.head(norm(x[rows]))                               # (N, V)
+            logits = logits.index_put(rows, prediction)
+            unsure = prediction.softmax(-1).amax(-1) <= self.config.confidence
+            gate = gate.index_put(rows, unsure.float())
         return logits, torch.stack(gates)
 
+    def norms(self):
+        return [*self.exit_norms, self.ln_f]
+
     def loss(self, idx, targets):
-        """Return the mean of the cross-entropies of the L predictions, as in the paper, and gates of 1."""
+        """Return the mean of the cross-entropies of the L predictions, as in the TSA paper, and gates of 1."""
         x, total, L = self.embed(idx), 0, len(self.blocks)
-        for block, norm in zip(self.blocks, [*self.exit_norms, self.ln_f]):
+        for block, norm in zip(self.blocks, self.norms()):
             x = block(x)
-            total = total + token_loss(self.head(norm(x)), targets).sum()
-        return total / L / (targets >= 0).sum(), torch.ones(L, *idx.shape, device=idx.device)
+            total = total + token_loss(self.head(norm(x)), targets).mean()
+        return total / L, torch.ones(L, *idx.shape, device=idx.device)
 
 
 MODELS = {"plain": Transformer, "tsa": TSA, "exit": Exit}
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Checkpoints, what skipping saves, and generation. You can skip this part on a first reading.
+# Checkpoints, what skipping saves, and generation. This part can wait for a second reading.
 
 def load_checkpoint(path, **changes):
     """
@@ -316,43 +322,54 @@ def load_checkpoint(path, **changes):
     with open(path, "rb") as file:
         try:
             saved = torch.load(file, map_location="cpu", weights_only=True)
-            config, state = Config(**saved["config"] | changes), saved["model"]
-            # A checkpoint is a zip archive, whose checksums torch does not verify.
-            if zipfile.ZipFile(file).testzip() or not {"vocab", "prompt", "flags"} <= saved.keys():
-                raise ValueError
+            if zipfile.ZipFile(file).testzip() or not {"vocab", "prompt", "flags", "model"} <= saved.keys():
+                raise ValueError        # torch does not verify the checksums of its archive
+            config = Config(**saved["config"] | changes)
         except Exception:       # torch raises many kinds, and recommends an unsafe load
             raise ValueError(f"{path} is damaged or from another version of train.py") from None
     if config.model not in MODELS or config.gate not in GATES:
         raise ValueError(f"{path}: there is no model {config.model} with gate {config.gate} in tsa.py")
     model = MODELS[config.model](config)
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(saved["model"])
     except RuntimeError as error:       # it lists the weights, on several lines
         raise ValueError(f"{path} does not fit tsa.py: {' '.join(str(error).split())}") from None
     return model.eval(), saved
 
 
 def multiply_adds(model, ran, T=None):
-    """Multiply-adds per token in a pass over T tokens (default: block_size), if a fraction ran[l] runs block l."""
+    """Multiply-adds per token in a pass over T tokens (default: block_size), a fraction ran[l] of which run block l."""
     def size(*modules):         # of their matrices: one multiply-add per weight and token (vectors do not count)
         return sum(weight.numel() for module in modules for weight in module.parameters() if weight.dim() == 2)
 
     T, head = T or model.config.block_size, size(model.wte)
-    total = head + size(*getattr(model, "routers", []))
+    heads = sum(ran[1:]) if isinstance(model, Exit) else 1      # early exit predicts after each block but the first
+    total = heads * head + size(*getattr(model, "routers", []))
     for share, block in zip(ran, model.blocks):
         # All tokens: keys and values, and attention to T / 2 keys on average (2C each, for the score and the value)
         key_value = size(block.attn.key_value)
         total += key_value + T * model.config.n_embd + share * (size(block) - key_value)
-    if isinstance(model, Exit):
-        total += (len(ran) - 2) * head                      # predictions of all tokens after blocks 1 to L - 2
     return total
 
 
 def saving(model, ran, T=None):
-    """The fraction of a plain model's multiply-adds that skipping saves (negative if the routers cost more)."""
+    """The fraction saved of the multiply-adds of a plain model with as many layers (negative if routers cost more)."""
     with torch.device("meta"):                              # without memory for its weights
         plain = Transformer(model.config)
     return 1 - multiply_adds(model, ran, T) / multiply_adds(plain, [1] * len(ran), T)
+
+
+class Cache:
+    """The keys and values of the S tokens that a block has seen so far, in a buffer (B, block_size, 2C)."""
+
+    def __init__(self, config, B, like):
+        self.buffer, self.length = like.new_empty(B, config.block_size, 2 * config.n_embd), 0
+
+    def append(self, kv):
+        """kv (B, T, 2C) of T new tokens -> those of all S tokens (B, S, 2C)."""
+        start, self.length = self.length, self.length + kv.size(1)
+        self.buffer[:, start:self.length] = kv
+        return self.buffer[:, :self.length]
 
 
 @torch.inference_mode()
@@ -366,15 +383,8 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, sparse=Tru
         if idx.size(1) > block_size:
             idx, caches = idx[:, -max(block_size // 2, 1):], None
         if caches is None:          # at the start, and when the context was full
-            new, kv = idx, model.wte.weight.new_empty(len(model.blocks), len(idx), block_size, 2 * model.config.n_embd)
-            caches = [[buffer, 0] for buffer in kv]
-        try:
-            for block, cache in zip(model.blocks, caches):
-                block.attn.cache = cache
-            logits, gates = model(new, sparse)
-        finally:
-            for block in model.blocks:
-                block.attn.cache = None
+            new, caches = idx, [Cache(model.config, len(idx), model.wte.weight) for _ in model.blocks]
+        logits, gates = model(new, sparse, caches)
         logits = logits[:, -1] / max(temperature, 1e-6)                     # (B, V)
         if top_k is not None:
             smallest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
