@@ -29,7 +29,7 @@ def paint(text, gate):
 
 
 def write_text(model, vocab, idx, args, sparse):
-    """Print idx (1, T) and its continuation, colored by the gates of the tokens that predicted it: (L, n), returned."""
+    """Print idx (1, T) and n new tokens colored by the gates of the tokens that predicted them. Return these (L, n)."""
     print("".join(vocab[i] for i in idx[0]), end="")
     steps = []
     for idx_next, gates in generate(model, idx, args.max_new_tokens, args.temperature, args.top_k, sparse):

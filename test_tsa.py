@@ -341,7 +341,7 @@ def test_a_damaged_download_falls_back_to_the_standard_library(sha256, name, mon
 @pytest.mark.parametrize("preset, expected", [
     ("laptop", "skip 6 4 128 64 0.0 32 2400 0.0015 100 200 0.0 auto"),
     ("deep", "skip 12 4 128 64 0.0 32 2400 0.003 300 200 0.0 stdlib"),
-    ("paper", "soft 6 8 256 128 0.1 64 5000 0.0003 0 250 0.0 auto"),        # section 2
+    ("paper", "soft 6 8 256 128 0.1 64 5000 0.0003 0 250 0.0 auto"),        # the paper's
     ("chain", "skip 6 4 64 30 0.0 64 1500 0.002 100 100 0.5 chain")])
 def test_preset_has_the_documented_settings(preset, expected):
     """Published numbers hold only for these."""
@@ -361,7 +361,7 @@ def test_only_matrices_decay():
     assert all(group["betas"] == (0.9, 0.95) for group in train.make_optimizer(model).param_groups)
 
 
-@pytest.mark.parametrize("step, warmup, expected", [(1, 0, 1), (11, 0, 0.1), (6, 0, 0.55), (1, 4, 0.25), (4, 8, 0.4073)])
+@pytest.mark.parametrize("step, warmup, expected", [(1, 0, 1), (11, 0, 0.1), (6, 0, 0.55), (1, 4, 0.25), (4, 8, .4073)])
 def test_schedule_is_warmup_times_cosine(step, warmup, expected):
     """From the full learning rate to a tenth of it, here in 11 steps."""
     assert train.schedule(step, warmup, 11) == pytest.approx(expected, abs=1e-4)
@@ -439,7 +439,7 @@ def test_speedup_is_that_of_the_sparse_pass(sleeps_in, slower, monkeypatch):
     model, block = tiny(), tsa.Block.forward
 
     def forward(self, x, gate=None, sparse=False, cache=None):
-        time.sleep(0.003 * ((gate is None and self is model.blocks[1]) if sleeps_in == "plain" else sparse))
+        time.sleep(0.02 * ((gate is None and self is model.blocks[1]) if sleeps_in == "plain" else sparse))
         return block(self, x, gate, sparse, cache)
     monkeypatch.setattr(tsa.Block, "forward", forward)
     assert (train.speedup(model, tokens()) < 1) == slower
@@ -531,7 +531,7 @@ def mistakes():
     (train, "--resume run/ckpt.pt", "the folder of a run"), (train, "--resume run --lam 1", "--lam cannot be combined"),
     (train, "--score run --lam 1", "--lam cannot be combined"), (train, "--resume run", "text has changed"),
     (train, "--data nosuch", "No such file"), (train, "--data latin1.txt", "decode"),
-    (train, "--data t.txt --block_size 9999", "at most be at most"), (train, "--data chain", "--block_size must be 30"),
+    (train, "--data t.txt --block_size 9999", "be at most 1358"), (train, "--data chain", "--block_size must be 30"),
     (sample, "flipped.pt", "flipped.pt is damaged"), (sample, "bomb.pt", "bomb.pt is damaged"),
     (sample, "gate.pt", "no model tsa with gate nosuch"), (sample, "size.pt", "size.pt does not fit tsa.py"),
     (sample, "chain.pt --prompt=", "at least one character"), (sample, "chain.pt --prompt 7bc", "'b' at position 2"),

@@ -69,8 +69,7 @@ def parse_flags(argv):
     add("lam", 0.001, "tsa: weight of the depth loss (the mean gate)", type=bounded(float, 0))
     add("lam_ramp", 0.0, "tsa: fraction of training over which lam rises", **fraction)
     add("confidence", Config.confidence, "exit: exit above this probability", **fraction)
-    add("data", "auto", "shakespeare, enwik8, stdlib, chain, or the path of a text; auto: shakespeare, or stdlib if it "
-                        "cannot be downloaded")
+    add("data", "auto", "shakespeare, enwik8, stdlib, chain, or a text file; auto: shakespeare or, offline, stdlib")
     add("n_layer", Config.n_layer, "number of blocks", **positive)
     add("n_head", Config.n_head, "number of attention heads", **positive)
     add("n_embd", Config.n_embd, "embedding width", **positive)
@@ -83,8 +82,7 @@ def parse_flags(argv):
     add("eval_interval", 200, "steps between evaluations and checkpoints", **positive)
     add("seed", 0, "random seed", type=bounded(int, 0))
     add("device", DEVICE, "cpu, cuda, mps ...")
-    add("dtype", None, "precision of training (default: bfloat16 if the device is fast at it)",
-        choices=("float32", "bfloat16"))
+    add("dtype", None, "precision of training (default: bfloat16 where it is fast)", choices=("float32", "bfloat16"))
     add("compile", False, "compile the loss with torch.compile", action="store_true")
     add("out_dir", None, "folder of the new run (default: out/MODEL-1, -2, ...)", type=Path)
     add("resume", None, "folder of a run to continue (only --device may change)", type=Path)

@@ -263,7 +263,7 @@ class TSA(Transformer):
         return self.head(self.ln_f(x)), torch.stack(gates)
 
     def depth_loss(self, gates):
-        """The mean gate of blocks 1, 2, ..., as in the paper (section 1)."""
+        """The mean gate of blocks 1, 2, ..., as in the paper."""
         return gates[1:].mean()
 
 
@@ -299,7 +299,7 @@ class Exit(Transformer):
         return [*self.exit_norms, self.ln_f]
 
     def loss(self, idx, targets):
-        """Return the mean of the cross-entropies of the L predictions, as in the TSA paper, and gates of 1."""
+        """Return the mean of the cross-entropies after all L blocks, as in the TSA paper, and gates of 1."""
         x, total, L = self.embed(idx), 0, len(self.blocks)
         for block, norm in zip(self.blocks, self.norms()):
             x = block(x)
@@ -322,7 +322,7 @@ def load_checkpoint(path, **changes):
     with open(path, "rb") as file:
         try:
             saved = torch.load(file, map_location="cpu", weights_only=True)
-            if zipfile.ZipFile(file).testzip() or not {"vocab", "prompt", "flags", "model"} <= saved.keys():
+            if zipfile.ZipFile(file).testzip() or not {"model", "flags", "vocab", "prompt", "checksum"} <= saved.keys():
                 raise ValueError        # torch does not verify the checksums of its archive
             config = Config(**saved["config"] | changes)
         except Exception:       # torch raises many kinds, and recommends an unsafe load
@@ -338,7 +338,7 @@ def load_checkpoint(path, **changes):
 
 
 def multiply_adds(model, ran, T=None):
-    """Multiply-adds per token in a pass over T tokens (default: block_size), a fraction ran[l] of which run block l."""
+    """Multiply-adds per token in a pass over T tokens (default: block_size). A fraction ran[l] of them run block l."""
     def size(*modules):         # of their matrices: one multiply-add per weight and token (vectors do not count)
         return sum(weight.numel() for module in modules for weight in module.parameters() if weight.dim() == 2)
 

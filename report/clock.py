@@ -6,7 +6,8 @@ Measure what skipping saves in wall-clock time:
 
 Plain and sparse models alternate, in float32. Prefill processes whole windows of the validation split; decode
 continues the first half of each. Without a checkpoint, text and weights are random, and SHARES of the gates are open.
-`predicted` is the speed-up that the saved multiply-adds alone would give.
+`speedup` is the median over rounds of the ratio to the first plain model, `interval` the half-width of the 95% interval
+of its mean, and `predicted` the speed-up that the saved multiply-adds alone would give.
 """
 import argparse
 import csv
@@ -53,7 +54,7 @@ def seconds_of(call, device):
 @torch.inference_mode()
 def clock(models, text, work, B, seconds, device):
     """Time work on B windows of text (n, T). Return a row per model: median times, speed-ups over the first model."""
-    idx, T = text.repeat(int(B) // len(text) + 1, 1)[:int(B)], text.size(1)
+    idx, T = text.repeat(B // len(text) + 1, 1)[:B], text.size(1)
     calls = [partial(gates_of, model, work, idx) for model in models.values()]
     shares = [(call() != 0).double().mean((1, 2)).tolist() for call in calls]           # also the warm-up
     products = [multiply_adds(model, ran, T) for model, ran in zip(models.values(), shares)]
@@ -63,9 +64,10 @@ def clock(models, text, work, B, seconds, device):
     rows, (baseline, *_) = [], zip(*rounds)
     for name, ran, times, product in zip(models, shares, zip(*rounds), products):
         ms = 1000 * statistics.median(times) / (T // 2 if work == "decode" else 1)
-        speedup = statistics.median(first / own for first, own in zip(baseline, times))
+        ratios = [first / own for first, own in zip(baseline, times)]
         rows.append(dict(work=work, batch=B, gates=name, open=sum(ran[1:]) / max(len(ran) - 1, 1), ms=ms,
-                         predicted=products[0] / product, speedup=speedup))
+                         predicted=products[0] / product, speedup=statistics.median(ratios),
+                         interval=1.96 * statistics.stdev(ratios) / len(ratios) ** 0.5))
     return rows
 
 
@@ -81,13 +83,15 @@ def main(argv=None):
     add("--csv", type=Path, required=True, help="append the rows to this file")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
-    own, config = {}, Config(n_head=8, n_embd=args.n_embd, block_size=256)
+    own, config, corpus = {}, Config(n_head=8, n_embd=args.n_embd, block_size=256), "random"
     text = torch.randint(config.vocab_size, (64, config.block_size))
     try:
         for path in args.ckpts:
-            own[str(path)], saved = load_checkpoint(path)
-            config = own[str(path)].config
-            text = data.load(saved["flags"]["data"]).windows("val", config.block_size)[0]
+            model, saved = load_checkpoint(path)
+            config, corpus = model.config, saved["flags"]["data"]
+            name = "exit" if config.model == "exit" else config.gate + " --halt" * config.halt
+            own[name + f", {config.n_layer} layers" * (config.n_layer != args.layers[0])] = model
+            text = data.load(corpus).windows("val", config.block_size)[0]
     except (OSError, ValueError) as error:
         parser.error(str(error))
     for share in () if args.ckpts else SHARES:
@@ -97,8 +101,9 @@ def main(argv=None):
     models = {f"plain {n}": MODELS["plain"](replace(config, model="plain", n_layer=n)) for n in args.layers} | own
     models = {name: model.to(args.device).eval() for name, model in models.items()}
     for work in args.works:
-        rows = clock(models, text.to(args.device), *work.split(), args.seconds, args.device)
-        about = dict(n_embd=config.n_embd, device=args.device, threads=torch.get_num_threads())
+        kind, B = work.split()
+        rows = clock(models, text.to(args.device), kind, int(B), args.seconds, args.device)
+        about = dict(text=corpus, n_embd=config.n_embd, device=args.device, threads=torch.get_num_threads())
         with open(args.csv, "a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, [*about, *rows[0]])
             if file.tell() == 0:        # a new file

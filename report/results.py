@@ -6,6 +6,7 @@ Score finished runs, add their rows to results.csv, and print all rows as means 
 import argparse
 import csv
 import json
+import platform
 import statistics
 from dataclasses import replace
 from functools import cache
@@ -19,24 +20,26 @@ import train
 from tsa import MODELS, Config, load_checkpoint, multiply_adds, token_loss
 
 CSV = Path(__file__).resolve().parent / "results.csv"
-CONFIDENCES = (0.4, 0.5, 0.6, 0.75, 0.9, 0.95)          # early exit: each makes a row
+CONFIDENCES = (0.4, 0.5, 0.6, 0.75, 0.8, 0.9, 0.95)     # early exit: each makes a row
 SIZES = ("n_layer", "n_embd", "block_size", "vocab_size")
-SCORES = dict(tlops_saved=".1%", val_loss=".4f", val_loss_sparse=".4f", blocks=".2f", cost=".1%", accuracy=".1%",
-              exact=".0%", correlation=".2f", correlation_nonblank=".2f")
+SCORES = dict(tlops_saved=".1%", val_loss=".4f", val_loss_sparse=".4f", blocks=".2f", cost=".1%", exact=".0%",
+              correlation=".2f", correlation_nonblank=".2f")
 FIFTHS = ("fifths", "fifths_nonblank")
 COLUMNS = ("family", "run", "split", "seed", "model", "gate", *SIZES, *SCORES, *FIFTHS, "processor", "threads",
-           "commit")
-# Means over n seeds: the 97.5% quantile of Student's t with n - 1 degrees of freedom
-T_95 = {2: 12.7062, 3: 4.3027, 4: 3.1824, 5: 2.7764, 6: 2.5706}
+           "python", "commit")
+# The 97.5% quantiles of Student's t with 1, 2, ... degrees of freedom, for means over 2, 3, ... seeds
+T_95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281, 2.2010, 2.1788, 2.1604, 2.1448,
+        2.1314, 2.1199, 2.1098, 2.1009, 2.0930)
 
 
 def cost(row):
     """The multiply-adds of a sparse pass, as a fraction of those of the plain model with all layers."""
     config, L = Config(**{name: row[name] for name in ("model", "gate", *SIZES)}), row["n_layer"]
-    full = replace(config, n_layer=12 if row["family"] == "deep" else 6)
+    full = replace(config, n_layer=train.PRESETS.get(row["family"], {}).get("n_layer", Config.n_layer))
+    ran = [1] + [(row["blocks"] - 1) / max(L - 1, 1)] * (L - 1)         # block 0 always runs
     with torch.device("meta"):
         model, plain = MODELS[config.model](config), MODELS["plain"](full)
-    return multiply_adds(model, [row["blocks"] / L] * L) / multiply_adds(plain, [1] * full.n_layer)
+    return multiply_adds(model, ran) / multiply_adds(plain, [1] * full.n_layer)
 
 
 def hops(text):
@@ -47,18 +50,16 @@ def hops(text):
     return counts
 
 
-def blocks_needed(text):
-    """The blocks that each token of a chain needs. All tokens hop at once, so n blocks make up to 2^n - 1 hops."""
+def blocks_by_rule(text):
+    """For each token of a chain: all tokens hop at once, so n blocks are enough for up to 2^n - 1 hops."""
     return [max(n.bit_length(), 1) for n in hops(text)]     # every token runs block 0
 
 
-def chain_scores(model, vocab, idx, targets):
-    """The fraction of right answers, and of tokens that run exactly as many blocks as they need, if more than one."""
-    logits, gates = model(idx, sparse=True)
-    needed = torch.tensor([blocks_needed([vocab[i] for i in text]) for text in idx])
-    exact = (gates != 0).sum(0) == needed
-    return {"accuracy": (logits.argmax(-1) == targets).double().mean().item(),
-            "exact": exact[needed > 1].double().mean().item()}
+def exact(model, vocab, idx):
+    """Of the tokens for which the rule says more than one block, the fraction that run exactly as many."""
+    rule = torch.tensor([blocks_by_rule([vocab[i] for i in text]) for text in idx])
+    ran = (model(idx, sparse=True)[1] != 0).sum(0)
+    return (ran == rule)[rule > 1].double().mean().item()
 
 
 @cache
@@ -104,7 +105,7 @@ def score(folder, about):
         variants[run.replace("gate=skip", "gate=soft")] = {"gate": "soft"}
     corpus, is_chain = data.load(flags["data"]), flags["data"] == "chain"
     family = flags["data"] if flags["preset"] == "laptop" else flags["preset"]
-    shared = f"-data={flags['data']}" if family == flags["data"] else ""
+    shared = f"-data={flags['data'].replace('/', '_')}" if family == flags["data"] else ""
     plain = folder.with_name(f"preset={flags['preset']}-model=plain{shared}-seed={flags['seed']}")
     for run, changes in variants.items():
         model, _ = load_checkpoint(folder / "ckpt.pt", **changes)
@@ -112,9 +113,10 @@ def score(folder, about):
         for split in ("val",) if changes else ("val", "test"):
             windows = data.chain(seed=1).windows("val", T) if is_chain and split == "test" else corpus.windows(split, T)
             row = flags | vars(model.config) | {"family": family, "run": run, "split": split} | about
+            row["python"] = platform.python_version() if flags["data"] == "stdlib" else ""
             row |= train.score(model, *windows)
             if is_chain:
-                row |= chain_scores(model, corpus.vocab, *windows)
+                row["exact"] = exact(model, corpus.vocab, windows[0])
             elif split == "val" and model.config.model == "tsa" and (plain / "ckpt.pt").exists():
                 row |= depth_scores(model, corpus.vocab, windows[0], plain_losses(plain))
             rows.append(row | {"cost": cost(row)})
@@ -139,13 +141,15 @@ def group(rows):
 
 def interval(values):
     """The half-width of the 95% interval of the mean (nan for a single value)."""
-    return T_95[len(values)] * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    n = len(values)
+    return T_95[n - 2] * statistics.stdev(values) / n ** 0.5 if n > 1 else float("nan")
 
 
 def plain_points(row, others):
     """Sorted (cost, loss) of plain models of a row's family, split, seed and width. [] without one of all layers."""
     points = sorted((other["cost"], other["val_loss"]) for other in others if other["model"] == "plain"
                     and all(other[key] == row[key] for key in ("family", "split", "seed", "n_embd")))
+    points = [point for point in points if point[0] <= 1]       # a deeper model is no baseline
     return points if points and points[-1][0] == 1 else []
 
 
@@ -164,15 +168,15 @@ def against_plain(rows, others):
 
 def table(rows):
     """
-    Rows -> lines of cells: run, split, number of seeds, means and standard deviations of SCORES, means of FIFTHS; then,
-    with 95% intervals, the full and the sparse loss above_full (on text), and the sparse loss against_plain.
+    Rows -> lines of cells: run, split, number of seeds, means of SCORES and FIFTHS, the full and the sparse loss
+    above_full (on text), and the sparse loss against_plain. ± is the 95% interval of a mean.
     """
     lines = []
     for key, found in sorted(group(rows).items()):
         lines.append([*key, str(len(found))])
         for column, form in SCORES.items():
             values = [row[column] for row in found if row.get(column, "") != ""]
-            spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+            spread = f" ± {interval(values):{form}}" if len(values) > 1 else ""
             lines[-1].append(f"{statistics.mean(values):{form}}{spread}" if values else "")
         for column in FIFTHS:
             values = [row[column] for row in found if row.get(column, "") != ""]
