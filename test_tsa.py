@@ -25,7 +25,6 @@ import tsa
 from tsa import GATES, MODELS, TSA, Config, Router, generate, load_checkpoint, multiply_adds, saving
 
 HERE = Path(__file__).resolve().parent
-README = (HERE / "README.md").read_text(encoding="utf-8")
 TEXT = "The quick brown fox jumps over the lazy dog.\n" * 302
 SMALL = "--device cpu --dtype float32 --data t.txt --n_layer 3 --n_embd 16 --block_size 16 --batch_size 8"
 torch.set_num_threads(1)                        # faster for models this small
@@ -86,11 +85,6 @@ def save(model, path="x.pt", **others):
     """Write a checkpoint as train.py does."""
     saved = {"vocab": "abcdefghijk", "prompt": "abc", "flags": {"data": "t.txt"}, "checksum": 0}
     torch.save(saved | {"config": vars(model.config), "model": model.state_dict()} | others, path)
-
-
-def look(capsys, *flags):
-    sample.main([*flags, "--device=cpu"])
-    return capsys.readouterr()
 
 
 def block_by_hand(block, x, gate):
@@ -238,8 +232,6 @@ def test_loss_is_the_mean_cross_entropy(design):
     losses = [F.cross_entropy(logits.flatten(0, 1), targets.flatten()) for logits in pass_by_hand(model, idx)[1]]
     loss, by_hand = model.loss(idx, targets)[0], sum(losses) / 4 if design == "exit" else losses[-1]
     assert_close(loss, by_hand)
-    how = dict(inputs=list(model.parameters()), allow_unused=True, materialize_grads=True)
-    assert_close(torch.autograd.grad(loss, **how), torch.autograd.grad(by_hand, **how), rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("in_training, fraction", [(True, 0.25), (False, 0.0)])
@@ -498,7 +490,8 @@ def test_runs_are_numbered_and_sample_shows_the_newest(capsys):
     assert sorted(os.listdir("out")) == ["exit-1", "tsa-1", "tsa-2"]
     os.utime("out/tsa-1/ckpt.pt", (4e9, 4e9))
     for flags, shown in [([], Path("out/tsa-1/ckpt.pt")), (["out/tsa-2"], Path("out/tsa-2"))]:
-        assert look(capsys, "--max_new_tokens=2", *flags).err.startswith(f"{shown}, ")
+        sample.main(["--device=cpu", "--max_new_tokens=2", *flags])
+        assert capsys.readouterr().err.startswith(f"{shown}, ")
 
 
 def test_diverged_weights_do_not_replace_good_ones():
@@ -558,7 +551,8 @@ def test_map_shows_the_prediction_after_each_block(design, sparse, capsys):
         rows.insert(0, f"block {l}  {' '.join(c if is_open else ' ' for c, is_open in zip(letters, gate[0]))}".rstrip())
     for c, answer in zip(letters, answers):
         rows[-1] += (" " if c == answer else "!") + answer
-    out, err = look(capsys, "x.pt", f"--prompt={prompt}")       # by default, only soft gates run in full
+    sample.main(["x.pt", "--device=cpu", f"--prompt={prompt}"])     # by default, only soft gates run in full
+    out, err = capsys.readouterr()
     assert out.splitlines() == [*rows, ""]
     blocks = sum((gate != 0).double().mean().item() for gate in gates)
     assert (f"a token ran {blocks:.2f} of 4 blocks" if sparse else "(--gate skip skips some)") in err
@@ -573,21 +567,5 @@ def test_color_of_a_character_is_its_depth(sparse, capsys, monkeypatch):
     depth = (gates != 0 if sparse else gates).double().mean().item()
     color = [195, 159, 117, 75, 33][round(depth * 4)]               # from pale to deep
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    out = look(capsys, "x.pt", "--max_new_tokens=1", "--temperature=0", "--sparse" if sparse else "--no-sparse").out
-    assert out == f"abc\033[30;48;5;{color}m{'abcdefghijk'[new]}\033[0m\n"
-
-
-def test_the_readmes_code_runs(monkeypatch):
-    """The code that it quotes is that of tsa.py, and its gate passes the tests above."""
-    code = " ".join((HERE / "tsa.py").read_text(encoding="utf-8").split())
-    excerpts = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    gate, = (excerpt for excerpt in excerpts if "GATES[" in excerpt)
-    assert [excerpt for excerpt in excerpts if " ".join(excerpt.split()) not in code] == [gate]
-    designs = {}
-    exec(gate, vars(tsa) | {"GATES": designs})
-    for name, design in designs.items():
-        monkeypatch.setitem(GATES, name, design)
-        monkeypatch.setitem(DESIGNS, name, dict(gate=name))
-        test_no_token_sees("the future", np.s_[:, 9:], name, sparse=True, in_training=False)
-        test_design_passes_a_gradient_to_its_routers(name)
-        test_pass_equals_one_written_out(name, sparse=True)
+    sample.main(["x.pt", "--max_new_tokens=1", "--temperature=0", "--sparse" if sparse else "--no-sparse"])
+    assert capsys.readouterr().out == f"abc\033[30;48;5;{color}m{'abcdefghijk'[new]}\033[0m\n"

@@ -33,7 +33,7 @@ DESIGNS = {
 def new_figure(width, height):
     from matplotlib import rcParams         # here, because only figures need it
     from matplotlib.figure import Figure
-    rcParams["svg.hashsalt"] = "tsa"        # the same numbers make the same file
+    rcParams |= {"svg.hashsalt": "tsa", "svg.fonttype": "none"}     # the same numbers make the same file, with text
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -71,9 +71,9 @@ def draw_frontier(path):
         names = [name for name in names if (name, "val") in groups]
         points = [put(panel, groups[name, "val"], color="C1") for name in names]
         axes[panel].plot(*zip(*points), "s-", color="C1", ms=4, lw=1)
-        write(panel, "early exit", points[-1], 8, 12, "C1")
+        write(panel, "early exit", points[-1], 8, -5, "C1")
         for name, place in zip(names, points):
-            if place[1] < 5 or panel == "chain":
+            if name.endswith(("=0.75", "=0.9") if panel == "deep" else ("=0.4", "=0.75")):     # the others overlap
                 write(panel, name.rpartition("=")[2], place, 6, 5, "C1")
     for design, (color, mark, places) in DESIGNS.items():
         for panel, (name, dx, dy) in places.items():
@@ -101,7 +101,7 @@ def draw_map(path):
         gates = sample.write_map(model, saved["vocab"], data.encode(saved["prompt"], saved["vocab"])[None], True, None)
     lines, figure = printed.getvalue().splitlines()[:len(gates) + 1], new_figure(9.2, 3.6)     # the last: tokens
     axes = figure.subplots()
-    axes.imshow(torch.cat([gates.flip(0), torch.zeros(1, gates.size(1))]), cmap="Blues", vmax=1.6, aspect="auto")
+    axes.imshow(torch.cat([gates.flip(0), torch.zeros(1, gates.size(1))]).numpy(), cmap="Blues", vmax=1.6, aspect="auto")
     for y, line in enumerate(lines):
         for t, c in enumerate(line[len("block 0 ") + 1::2]):
             axes.text(t, y, c, ha="center", va="center", family="monospace")

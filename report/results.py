@@ -171,15 +171,16 @@ def table(rows):
     Rows -> lines of cells: run, split, number of seeds, means of SCORES and FIFTHS, the full and the sparse loss
     above_full (on text), and the sparse loss against_plain. ± is the 95% interval of a mean.
     """
-    lines = []
+    lines, harder = [], group([row for row in rows if row.get("fifths", "") != ""])
     for key, found in sorted(group(rows).items()):
         lines.append([*key, str(len(found))])
         for column, form in SCORES.items():
-            values = [row[column] for row in found if row.get(column, "") != ""]
+            chosen = harder.get(key, []) if column.startswith("correlation") else found
+            values = [row[column] for row in chosen if row.get(column, "") != ""]
             spread = f" ± {interval(values):{form}}" if len(values) > 1 else ""
             lines[-1].append(f"{statistics.mean(values):{form}}{spread}" if values else "")
         for column in FIFTHS:
-            values = [row[column] for row in found if row.get(column, "") != ""]
+            values = [row[column] for row in harder.get(key, [])]
             lines[-1].append(", ".join(f"{statistics.mean(fifth):.2f}" for fifth in zip(*values)))
         above = [[], []]                # no percentages for chains, because the loss is near 0
         if found[0]["family"] != "chain":

@@ -10,11 +10,13 @@ import torch
 import data
 import sample
 import train
+import test_tsa
+import tsa
 from report import claims, clock, plot, results, sweep
-from test_tsa import HERE, README, fit, folder          # noqa: F401
+from test_tsa import HERE, fit, folder          # noqa: F401
 from tsa import load_checkpoint
 
-REPORT = (HERE / "report/README.md").read_text(encoding="utf-8")
+README, REPORT = ((HERE / name).read_text(encoding="utf-8") for name in ("README.md", "report/README.md"))
 
 
 @pytest.fixture
@@ -137,10 +139,10 @@ def test_a_second_score_replaces_the_row(monkeypatch):
     monkeypatch.setattr(results, "CSV", Path("r.csv"))
     Path("r.csv").write_bytes((HERE / "report/results.csv").read_bytes())
     before = len(results.read_csv())
-    fit("--max_iters 1 --data ./t.txt")
+    fit("--max_iters 1 --model plain --data ./t.txt")
     for _ in range(2):
         results.main(["run"])
-    assert len(results.read_csv()) == before + 3        # skip on validation and test data, soft
+    assert len(results.read_csv()) == before + 2        # validation and test
 
 
 def row(**changes):
@@ -201,11 +203,27 @@ def test_page_shows_the_claims_that_the_program_prints(page, flags, capsys):
     assert all(table in page for table in capsys.readouterr().out.split("\n\n"))
 
 
+def test_the_readmes_code_runs(monkeypatch):
+    """The code that it quotes is that of tsa.py, and its gate passes the tests above."""
+    code = " ".join((HERE / "tsa.py").read_text(encoding="utf-8").split())
+    excerpts = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    gate, = (excerpt for excerpt in excerpts if "GATES[" in excerpt)
+    assert [excerpt for excerpt in excerpts if " ".join(excerpt.split()) not in code] == [gate]
+    designs = {}
+    exec(gate, vars(tsa) | {"GATES": designs})
+    for name, design in designs.items():
+        monkeypatch.setitem(tsa.GATES, name, design)
+        monkeypatch.setitem(test_tsa.DESIGNS, name, dict(gate=name))
+        test_tsa.test_no_token_sees("the future", (slice(None), slice(9, None)), name, sparse=True, in_training=False)
+        test_tsa.test_design_passes_a_gradient_to_its_routers(name)
+        test_tsa.test_pass_equals_one_written_out(name, sparse=True)
+
+
 def test_numbers_of_the_report_are_those_of_the_rows():
     """A table that drifts away from its rows costs a reader's trust."""
     cells = {cell for line in results.table(results.read_csv()) for cell in line}
     fifths = r"(?:\d\.\d\d, ){4}\d\.\d\d"
-    numbers = fifths + r"|[+-]?\d\.\d{4} ± \d\.\d{4}|-?\d\.\d\d ± \d\.\d\d|\d+\.\d+% ± \d+\.\d+%"
+    numbers = fifths + r"|[+-]?\d\.\d{4} ± \d\.\d{4}|-?\d\.\d\d ± \d\.\d\d|[+-]?\d+\.\d+% ± \d+\.\d+%"
     tables = "".join(re.findall(r"^\|.*\|$", REPORT, flags=re.MULTILINE))
     used = set(re.findall(numbers, tables))
     assert len(used) > 40 and not used - cells, used - cells
@@ -243,12 +261,14 @@ def test_map_on_the_page_is_what_sample_prints(capsys):
 
 
 def test_figures_are_drawn_from_the_rows_and_the_shipped_model():
-    """So that anybody can draw them again."""
+    """So that anybody can draw them again: the same words, at least, because colors depend on matplotlib's version."""
     pytest.importorskip("matplotlib")
     plot.draw_frontier("frontier.svg")
     plot.draw_map("map.svg")
-    for name in ("frontier", "map"):
-        assert Path(f"{name}.svg").read_bytes() == (HERE / f"report/{name}.svg").read_bytes()
+    for name in ("frontier.svg", "map.svg"):
+        new, old = (re.findall(r">([^<>]+)</text>", path.read_text(encoding="utf-8"))
+                    for path in (Path(name), HERE / "report" / name))
+        assert len(new) > 20 and new == old
 
 
 def test_clock_compares_with_the_first_plain_model(capsys):
