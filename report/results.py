@@ -101,7 +101,7 @@ def score(folder, about):
     variants = {run: {}}
     if saved["config"]["model"] == "exit":
         variants = {f"{run}-confidence={value}": {"confidence": value} for value in CONFIDENCES}
-    elif saved["config"]["gate"] == "skip":
+    elif saved["config"]["model"] == "tsa" and saved["config"]["gate"] == "skip":
         variants[run.replace("gate=skip", "gate=soft")] = {"gate": "soft"}
     corpus, is_chain = data.load(flags["data"]), flags["data"] == "chain"
     family = flags["data"] if flags["preset"] == "laptop" else flags["preset"]

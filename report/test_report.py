@@ -224,7 +224,7 @@ def test_numbers_of_the_report_are_those_of_the_rows():
     cells = {cell for line in results.table(results.read_csv()) for cell in line}
     fifths = r"(?:\d\.\d\d, ){4}\d\.\d\d"
     numbers = fifths + r"|[+-]?\d\.\d{4} ± \d\.\d{4}|-?\d\.\d\d ± \d\.\d\d|[+-]?\d+\.\d+% ± \d+\.\d+%"
-    tables = "".join(re.findall(r"^\|.*\|$", REPORT, flags=re.MULTILINE))
+    tables = "".join(re.findall(r"^\|.*\|$", REPORT.partition("## Texts")[2], flags=re.MULTILINE))
     used = set(re.findall(numbers, tables))
     assert len(used) > 40 and not used - cells, used - cells
 
