@@ -46,7 +46,7 @@ def write_map(model, vocab, idx, sparse, answers):
     """
     Print a row per block, the last on top, and a column per token of idx (1, T). A cell shows what the model would
     predict at that token if it stopped after that block, in the color of the gate, and is blank if the token skipped
-    the block. `answers` of a puzzle have a row of their own, with a mark at wrong predictions. Return the gates (L, T).
+    the block. A puzzle's `answers` are in the last row, with wrong predictions marked by !. Return the gates (L, T).
     """
     outputs, L, T = [], model.config.n_layer, idx.size(1)
     hooks = [block.register_forward_hook(lambda block, args, x: outputs.append(x)) for block in model.blocks]

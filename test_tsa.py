@@ -520,7 +520,7 @@ def mistakes():
 
 @pytest.mark.parametrize("program, flags, words", [
     (train, "--dropout 1.5", "not a number from 0 to 1"), (train, "--n_embd 16 --n_head 3", "not divisible"),
-    (train, "--n_layer 1", "needs --n_layer 2"), (train, "--out_dir run", "use --resume run"),
+    (train, "--n_layer 1", "needs --n_layer 2"), (train, "--out_dir run", "continue it with --resume run"),
     (train, "--resume run/ckpt.pt", "the folder of a run"), (train, "--resume run --lam 1", "--lam cannot be combined"),
     (train, "--score run --lam 1", "--lam cannot be combined"), (train, "--resume run", "text has changed"),
     (train, "--data nosuch", "No such file"), (train, "--data latin1.txt", "decode"),

@@ -1,7 +1,7 @@
 """
 Train and evaluate a model:
 
-    python train.py                                             a small version of the paper's model
+    python train.py                                             a small model with gates, trained like the paper's
     python train.py --model plain                               the same without gates
     python train.py --resume out/tsa-1                          continue an interrupted run
     python train.py --score out/tsa-1 --gate skip               evaluate a model with another gate
@@ -61,11 +61,11 @@ def parse_flags(argv):
         parser.add_argument(f"--{name}", help=help + shown, **how)
 
     positive, fraction = dict(type=bounded(int, 1)), dict(type=bounded(float, 0, 1))
-    add("preset", "laptop", "replaces some of the defaults below", choices=PRESETS)
+    add("preset", "laptop", "replaces some defaults of the other flags", choices=PRESETS)
     add("model", Config.model, "the plain transformer, the paper's model, or early exit", choices=MODELS)
     add("gate", Config.gate, "tsa: gate design, from GATES in tsa.py", choices=GATES)
-    add("gate_bias", Config.gate_bias, "tsa: initial b2 of equation (3); more makes smaller gates", type=float)
-    add("halt", False, "tsa: skip all blocks after a skipped one", action=argparse.BooleanOptionalAction)
+    add("gate_bias", Config.gate_bias, "tsa: initial b2 of equation (3); larger makes smaller gates", type=float)
+    add("halt", False, "tsa: multiply each gate by the one before", action=argparse.BooleanOptionalAction)
     add("lam", 0.001, "tsa: weight of the depth loss (the mean gate)", type=bounded(float, 0))
     add("lam_ramp", 0.0, "tsa: fraction of training over which lam rises", **fraction)
     add("confidence", Config.confidence, "exit: exit above this probability", **fraction)
@@ -88,7 +88,7 @@ def parse_flags(argv):
     add("resume", None, "folder of a run to continue (only --device may change)", type=Path)
     add("score", None, "run or checkpoint to evaluate (--gate, --halt, --confidence may change)", type=Path)
 
-    typed, model, saved = vars(parser.parse_args(argv)), None, None
+    typed, model, saved = vars(parser.parse_args(argv)), None, None     # only the flags that were given
     known = PRESETS[typed.get("preset", "laptop")]
     for task, may_change in (("resume", set()), ("score", {"gate", "halt", "confidence"})):
         if task in typed:
@@ -102,7 +102,7 @@ def parse_flags(argv):
     args = argparse.Namespace(**defaults | known | typed)       # later ones replace earlier ones
     args.dtype = args.dtype or ("bfloat16" if supports_bfloat16(args.device) else "float32")
     if args.out_dir and (args.out_dir / "ckpt.pt").exists():
-        parser.error(f"--out_dir {args.out_dir} has a run: to continue it, use --resume {args.out_dir}")
+        parser.error(f"--out_dir {args.out_dir} contains a run; continue it with --resume {args.out_dir}")
     if args.n_embd % args.n_head:
         parser.error(f"--n_embd {args.n_embd} is not divisible by --n_head {args.n_head}")
     if args.n_layer == 1 and args.model != "plain":
@@ -116,7 +116,7 @@ def supports_bfloat16(device):
     return device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)    # despite its name, speeds up `unfused` on CPUs
+torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)    # despite its name, for the CPU's unfused kernel below
 
 
 @contextlib.contextmanager
@@ -145,8 +145,8 @@ def evaluate(model, idx, targets, sparse):
 def speedup(model, idx):
     """How many times as fast a sparse pass is as a pass of the plain model with the same blocks, on windows (n, T)."""
     ratios = []
-    for x in idx[:64].to(model.wte.weight.device).expand(16, -1, -1):       # the two take turns, because speeds drift
-        seconds = []
+    for x in idx[:64].to(model.wte.weight.device).expand(16, -1, -1):       # 16 rounds on the same windows
+        seconds = []            # of the two passes, which take turns, because speeds drift
         for run in (partial(Transformer.forward, model), partial(model, sparse=True)):
             began = time.perf_counter()
             run(x)[0][-1, -1, -1].item()        # waits for the device
@@ -172,8 +172,9 @@ def score(model, idx, targets, timed=False):
     by_count = f"  {tlops_saved:.1%} saved by the paper's count"
     print(f"full   loss {val_loss:.4f}" + (f"  gates {spaced(gates)}{by_count}" if kind == "tsa" else ""))
     if kind != "plain":
+        times = f", {speedup(model, idx):.1f}x as fast" if timed else ""
         print(f"sparse loss {val_loss_sparse:.4f}  open  {spaced(ran)}  {abs(saved):.1%}",
-              f"{'fewer' if saved >= 0 else 'more'} multiply-adds" + f", {speedup(model, idx):.1f}x as fast" * timed)
+              f"{'fewer' if saved >= 0 else 'more'} multiply-adds{times}")
     if kind == "exit":
         print(" " * 6 + by_count)
     return dict(val_loss=val_loss, val_loss_sparse=val_loss_sparse, tlops_saved=tlops_saved, blocks=sum(ran),
@@ -292,7 +293,7 @@ def main(argv=None):
         fit(model, args, corpus, saved)
     except KeyboardInterrupt:
         has_run = args.out_dir and (args.out_dir / "ckpt.pt").exists()
-        sys.exit("\ninterrupted" + f". To continue: python train.py --resume {args.out_dir}" * bool(has_run))
+        sys.exit(f"\ninterrupted. To continue: python train.py --resume {args.out_dir}" if has_run else "\ninterrupted")
 
 
 if __name__ == "__main__":

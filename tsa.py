@@ -36,7 +36,7 @@ class Config:
     """The hyperparameters of a model. The defaults are small; `--preset paper` of train.py has the paper's sizes."""
     model: str = "tsa"          # a name in MODELS
     gate: str = "skip"          # tsa: a name in GATES
-    gate_bias: float = -1.0     # tsa: initial b2 of equation (3): -1 makes gates near 0.73; more, smaller ones
+    gate_bias: float = -1.0     # tsa: initial b2 of equation (3): -1 makes gates near 0.73; a larger bias, smaller ones
     halt: bool = False          # tsa: multiply each gate by those before it, so that it stays 0 once it is 0
     confidence: float = 0.9     # exit: exit once the largest probability exceeds this
     vocab_size: int = 65
@@ -53,8 +53,8 @@ class Config:
 class Router(nn.Module):
     """
     Computes the gate of the next block from the state after this one. A design is a subclass that overrides `gate`,
-    `scale` or `sparse_gate`, and may have parameters and buffers of its own. A token's gate must not depend on other
-    tokens: when the model generates text, x holds only the newest token.
+    `scale` or `sparse_gate`, and may have parameters and buffers of its own. It must compute a token's gate from that
+    token's x and gates only: when the model generates text, x holds only the newest token.
     """
 
     def __init__(self, config):
@@ -78,7 +78,7 @@ class Router(nn.Module):
         return 1 - torch.sigmoid(self.out(F.relu(self.fc(x))).squeeze(-1).float())
 
     def gate(self, scale):
-        """Equation (4). Evaluation calls this, too: a design with noise adds it only `if self.training`."""
+        """Equation (4): the scale itself. Evaluation calls this, too: a design adds noise only `if self.training`."""
         return scale
 
     def sparse_gate(self, gate):
@@ -166,7 +166,7 @@ class Block(nn.Module):
     def forward(self, x, gate=None, sparse=False, cache=None):
         """
         x (B, T, C), gate (B, T) -> (B, T, C). Without a gate, this is the plain block. If sparse, only the N tokens
-        whose gate is not 0 are computed. With equal gates, the result is the same.
+        whose gate is not 0 are computed; the result is the same.
         """
         h = self.ln1(x)
         kv = self.attn.key_value(h)     # of all tokens: those that run the block attend to those that skip it
@@ -179,7 +179,7 @@ class Block(nn.Module):
             rows = gate.nonzero(as_tuple=True)      # sequences and positions of the N tokens, (N,) each
             if len(rows[0]) == 0:
                 return x
-            if len(rows[0]) < gate.numel():
+            if len(rows[0]) < gate.numel():         # otherwise, nothing is gained by gathering
                 y, gate = x[rows], gate[rows].to(x.dtype).unsqueeze(-1)         # (N, C), (N, 1)
                 y = y + gate * self.attn(h, kv, rows)                           # equation (1)
                 y = y + gate * self.ffn(self.ln2(y))                            # equation (2)
@@ -311,7 +311,7 @@ MODELS = {"plain": Transformer, "tsa": TSA, "exit": Exit}
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Checkpoints, what skipping saves, and generation. This part can wait for a second reading.
+# Checkpoints, what skipping saves, and generation. Skip this on a first reading.
 
 def load_checkpoint(path, **changes):
     """
@@ -354,7 +354,7 @@ def multiply_adds(model, ran, T=None):
 
 def saving(model, ran, T=None):
     """The fraction saved of the multiply-adds of a plain model with as many layers (negative if routers cost more)."""
-    with torch.device("meta"):                              # without memory for its weights
+    with torch.device("meta"):                              # allocates no memory for its weights
         plain = Transformer(model.config)
     return 1 - multiply_adds(model, ran, T) / multiply_adds(plain, [1] * len(ran), T)
 

@@ -101,7 +101,8 @@ def draw_map(path):
         gates = sample.write_map(model, saved["vocab"], data.encode(saved["prompt"], saved["vocab"])[None], True, None)
     lines, figure = printed.getvalue().splitlines()[:len(gates) + 1], new_figure(9.2, 3.6)     # the last: tokens
     axes = figure.subplots()
-    axes.imshow(torch.cat([gates.flip(0), torch.zeros(1, gates.size(1))]).numpy(), cmap="Blues", vmax=1.6, aspect="auto")
+    cells = torch.cat([gates.flip(0), torch.zeros(1, gates.size(1))])
+    axes.imshow(cells.numpy(), cmap="Blues", vmax=1.6, aspect="auto")
     for y, line in enumerate(lines):
         for t, c in enumerate(line[len("block 0 ") + 1::2]):
             axes.text(t, y, c, ha="center", va="center", family="monospace")
