@@ -54,7 +54,7 @@ def write_map(model, vocab, idx, sparse, answers):
     for hook in hooks:
         hook.remove()
     predicted = [model.head(norm(x))[0].argmax(-1).tolist() for norm, x in zip(model.norms(), outputs)]  # (L, T)
-    final, gates = logits[0].argmax(-1).tolist(), gates[:, 0].cpu()             # (T,), (L, T)
+    final, gates = logits[0].argmax(-1).tolist(), gates[:, 0].cpu()     # (T,), (L, T)
 
     shown = [{"\n": "⏎", " ": "␣", "\t": "⇥"}.get(c, c) for c in vocab]
     width = max((shutil.get_terminal_size().columns - len("answer  ")) // 2, 1)
@@ -74,11 +74,11 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Look inside a trained model.", allow_abbrev=False)
     add, positive = parser.add_argument, bounded(int, 1)
     add("path", type=Path, nargs="?", help="run or checkpoint (default: the newest run, or report/python-skip.pt)")
-    add("--map", action="store_true", help="show what each token would predict after each block; always on for chain")
+    add("--map", action="store_true", help="show each token's prediction after each block; always on for chain")
     add("--prompt", help="text to continue or to map (default: stored in the checkpoint)")
     add("--gate", choices=GATES, help="gate design (default: the checkpoint's)")
     add("--sparse", action=argparse.BooleanOptionalAction,
-        help="skip blocks whose gate is 0 (default: yes, unless the gate is soft)")
+        help="skip blocks whose gate is 0 (default: unless the gate is soft)")
     add("--max_new_tokens", type=positive, default=500, help="tokens to generate (default: 500)")
     add("--temperature", type=bounded(float, 0), default=0.8, help="0 picks the most likely token (default: 0.8)")
     add("--top_k", type=positive, help="sample from the k most likely tokens (default: from all)")
@@ -94,7 +94,7 @@ def main(argv=None):
         prompt = saved["prompt"] if args.prompt is None else args.prompt
         if not prompt or (shows_map and len(prompt) > config.block_size):
             raise ValueError(f"--prompt needs at least one character and, for a map, at most {config.block_size}")
-        idx = encode(prompt, vocab)[None].to(args.device)                       # (1, T)
+        idx = encode(prompt, vocab)[None].to(args.device)               # (1, T)
         answers = chain_answers(prompt) if is_chain else None
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")

@@ -121,7 +121,7 @@ torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)    # despite its na
 
 @contextlib.contextmanager
 def precision(device, dtype):
-    """The context of a training step's forward pass. On a CPU in bfloat16, the unfused attention kernel is faster."""
+    """The context of a training step. On a CPU in bfloat16, the unfused attention kernel is faster."""
     device = torch.device(device).type
     unfused = sdpa_kernel(SDPBackend.MATH) if (device, dtype) == ("cpu", "bfloat16") else contextlib.nullcontext()
     with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"), unfused:
@@ -143,7 +143,7 @@ def evaluate(model, idx, targets, sparse):
 
 @torch.no_grad()
 def speedup(model, idx):
-    """How many times as fast a sparse pass is as a pass of the plain model with the same blocks, on windows (n, T)."""
+    """How many times as fast a sparse pass is as one of the plain model with the same blocks, on windows (n, T)."""
     ratios = []
     for x in idx[:64].to(model.wte.weight.device).expand(16, -1, -1):       # 16 rounds on the same windows
         seconds = []            # of the two passes, which take turns, because speeds drift
@@ -204,20 +204,20 @@ def schedule(step, warmup_iters, max_iters):
 
 def fit(model, args, corpus, saved):
     """Train the model, and save checkpoints and the result. `saved` is the checkpoint to resume, or None."""
-    idx, targets = corpus.windows("val", args.block_size)                       # (n, T) each
-    optimizer, first = make_optimizer(model), 0
+    idx, targets = corpus.windows("val", args.block_size)               # (n, T) each
+    optimizer, first = make_optimizer(model), saved["step"] if saved else 0
     if saved:
         optimizer.load_state_dict(saved["optimizer"])
-        first = saved["step"]
     flags = {name: value for name, value in vars(args).items() if name not in ("out_dir", "resume", "score")}
     run = {"config": vars(model.config), "flags": flags, "vocab": corpus.vocab, "checksum": corpus.checksum(),
            "prompt": corpus.prompt[:args.block_size]}
-    print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters, data {args.data}, "
-          f"device {args.device}, dtype {args.dtype}")
+    size = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{size:,} parameters, data {args.data}, device {args.device}, dtype {args.dtype}")
 
-    def evaluation(step):       # of all windows at the end, otherwise of about 256, spread over the split
-        stride = 1 if step == args.max_iters else max(len(idx) // 256, 1)
-        return score(model, idx[::stride], targets[::stride], timed=step == args.max_iters)
+    def evaluation(step):       # on all windows at the end, otherwise on about 256, spread over the split
+        last = step == args.max_iters
+        stride = 1 if last else max(len(idx) // 256, 1)
+        return score(model, idx[::stride], targets[::stride], timed=last)
 
     scores, began = evaluation(first), time.perf_counter()
     loss_of = torch.compile(model.loss) if args.compile else model.loss

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 @dataclass
 class Config:
-    """The hyperparameters of a model. The defaults are small; `--preset paper` of train.py has the paper's sizes."""
+    """The hyperparameters of a model. train.py has the paper's as `--preset paper`."""
     model: str = "tsa"          # a name in MODELS
     gate: str = "skip"          # tsa: a name in GATES
     gate_bias: float = -1.0     # tsa: initial b2 of equation (3): -1 makes gates near 0.73; a larger bias, smaller ones
@@ -130,12 +130,12 @@ class Attention(nn.Module):
         q = self.query(h if rows is None else h[rows])
         if rows is not None:    # is_causal needs T queries, so scores are computed for all tokens (4% of a block)
             q = q.new_zeros(B, T, C).index_put(rows, q)
-        k, v = kv.chunk(2, dim=-1)                                              # (B, S, C) each
+        k, v = kv.chunk(2, dim=-1)                                      # (B, S, C) each
         assert T in (1, k.size(1)), "with a filled cache, pass one token at a time"      # is_causal assumes S = T
         q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in (q, k, v))  # (B, nh, T or S, hs)
         dropout_p = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=T > 1)
-        y = y.transpose(1, 2).flatten(2)                                        # (B, T, C)
+        y = y.transpose(1, 2).flatten(2)                                # (B, T, C)
         return self.proj(y if rows is None else y[rows])
 
 
@@ -180,13 +180,13 @@ class Block(nn.Module):
             if len(rows[0]) == 0:
                 return x
             if len(rows[0]) < gate.numel():         # otherwise, nothing is gained by gathering
-                y, gate = x[rows], gate[rows].to(x.dtype).unsqueeze(-1)         # (N, C), (N, 1)
-                y = y + gate * self.attn(h, kv, rows)                           # equation (1)
-                y = y + gate * self.ffn(self.ln2(y))                            # equation (2)
+                y, gate = x[rows], gate[rows].to(x.dtype).unsqueeze(-1)  # (N, C), (N, 1)
+                y = y + gate * self.attn(h, kv, rows)                   # equation (1)
+                y = y + gate * self.ffn(self.ln2(y))                    # equation (2)
                 return x.index_put(rows, y)
-        gate = gate.to(x.dtype).unsqueeze(-1)                                   # (B, T, 1)
-        x = x + gate * self.attn(h, kv)                                         # equation (1)
-        return x + gate * self.ffn(self.ln2(x))                                 # equation (2)
+        gate = gate.to(x.dtype).unsqueeze(-1)                           # (B, T, 1)
+        x = x + gate * self.attn(h, kv)                                 # equation (1)
+        return x + gate * self.ffn(self.ln2(x))                         # equation (2)
 
 
 class Transformer(nn.Module):
@@ -201,7 +201,7 @@ class Transformer(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
         for embedding in (self.wte, self.wpe):
             nn.init.normal_(embedding.weight, std=0.02)
-        # As in GPT-2: x is the sum of 2L updates, so each starts with 1 / (2L) of the variance. The other linear layers
+        # As in GPT-2: x is the sum of 2L updates, so each starts with 1 / (2L) of the variance. Other linear layers
         # keep PyTorch's initialization.
         for block in self.blocks:
             for linear in (block.attn.proj, block.ffn.proj):
@@ -216,7 +216,7 @@ class Transformer(nn.Module):
         return F.dropout(x, self.config.dropout, self.training)
 
     def norms(self):
-        """For each block, the norm with which the model would predict if it stopped after that block."""
+        """The norms with which the model would predict if it stopped after block 0, 1, ..."""
         return [self.ln_f] * len(self.blocks)
 
     def head(self, h):
@@ -255,10 +255,10 @@ class TSA(Transformer):
     def forward(self, idx, sparse=False, caches=None):
         (first, *others), caches = self.blocks, caches or [None] * len(self.blocks)
         # Block 0 has no gate, because before it has run, x says nothing about the context.
-        x = first(self.embed(idx, caches[0]), cache=caches[0])                  # (B, T, C)
+        x = first(self.embed(idx, caches[0]), cache=caches[0])          # (B, T, C)
         gates = [torch.ones(idx.shape, device=idx.device)]
         for router, block, cache in zip(self.routers, others, caches[1:]):
-            gates.append(router(x, gates, sparse))                              # (B, T)
+            gates.append(router(x, gates, sparse))                      # (B, T)
             x = block(x, gates[-1], sparse, cache)
         return self.head(self.ln_f(x)), torch.stack(gates)
 
@@ -270,8 +270,8 @@ class TSA(Transformer):
 class Exit(Transformer):
     """
     Early exit, the paper's baseline (Elbayad et al. 2020, arXiv 1910.10073). In training, every token runs all blocks,
-    and the model predicts after each, with a LayerNorm per block and the tied head. In a sparse pass, a token exits as
-    soon as its largest probability exceeds config.confidence, but not after block 0, as in the TSA paper.
+    and the model predicts after each, with a LayerNorm per block and the tied head. In a sparse pass, a token exits
+    once its largest probability exceeds config.confidence, but not after block 0, as in the TSA paper.
     """
 
     def __init__(self, config):
@@ -282,14 +282,14 @@ class Exit(Transformer):
         if not sparse:
             return super().forward(idx, caches=caches)
         (first, *others), caches = self.blocks, caches or [None] * len(self.blocks)
-        x = first(self.embed(idx, caches[0]), cache=caches[0])                  # (B, T, C)
+        x = first(self.embed(idx, caches[0]), cache=caches[0])          # (B, T, C)
         gate = torch.ones(idx.shape, device=idx.device)         # 1 until the token exits
         gates, logits = [gate], torch.zeros(*idx.shape, self.config.vocab_size, device=idx.device)
         for block, norm, cache in zip(others, self.norms()[1:], caches[1:]):
             x = block(x, gate, sparse, cache)
             gates.append(gate)
             rows = gate.nonzero(as_tuple=True)                                  # the N tokens that ran the block
-            prediction = self.head(norm(x[rows]))                               # (N, V)
+            prediction = self.head(norm(x[rows]))                       # (N, V)
             logits = logits.index_put(rows, prediction)
             unsure = prediction.softmax(-1).amax(-1) <= self.config.confidence
             gate = gate.index_put(rows, unsure.float())
@@ -316,7 +316,7 @@ MODELS = {"plain": Transformer, "tsa": TSA, "exit": Exit}
 def load_checkpoint(path, **changes):
     """
     Return the model of a checkpoint (or of the ckpt.pt in a folder), in eval mode on the CPU, and the saved dictionary.
-    `changes` replace fields of its Config, such as gate. Raise OSError or ValueError if that fails.
+    `changes` replace fields of its Config. Raise OSError or ValueError if that fails.
     """
     path = Path(path, "ckpt.pt") if Path(path).is_dir() else path
     with open(path, "rb") as file:
@@ -346,7 +346,7 @@ def multiply_adds(model, ran, T=None):
     heads = sum(ran[1:]) if isinstance(model, Exit) else 1      # early exit predicts after each block but the first
     total = heads * head + size(*getattr(model, "routers", []))
     for share, block in zip(ran, model.blocks):
-        # All tokens: keys and values, and attention to T / 2 keys on average (2C each, for the score and the value)
+        # All tokens: keys, values, and attention to T / 2 keys on average (C for the score, C for the value)
         key_value = size(block.attn.key_value)
         total += key_value + T * model.config.n_embd + share * (size(block) - key_value)
     return total
@@ -354,7 +354,7 @@ def multiply_adds(model, ran, T=None):
 
 def saving(model, ran, T=None):
     """The fraction saved of the multiply-adds of a plain model with as many layers (negative if routers cost more)."""
-    with torch.device("meta"):                              # allocates no memory for its weights
+    with torch.device("meta"):      # allocates no memory
         plain = Transformer(model.config)
     return 1 - multiply_adds(model, ran, T) / multiply_adds(plain, [1] * len(ran), T)
 
