@@ -341,6 +341,7 @@ def test_preset_has_the_documented_settings(preset, expected):
         "batch_size max_iters learning_rate warmup_iters eval_interval lam_ramp data")
     assert " ".join(str(args[name]) for name in names.split()) == expected
     assert (args["model"], args["lam"], args["gate_bias"], args["halt"], args["seed"]) == ("tsa", 0.001, -1.0, False, 0)
+    assert train.parse_flags([f"--preset={preset}", "--n_embd=8"])[0].n_embd == 8       # flags that are given win
 
 
 def test_only_matrices_decay():
@@ -508,7 +509,7 @@ def mistakes():
         def __reduce__(self):
             return os.mkdir, ("exploded",)
     os.mkdir("run")
-    save(tiny(), "run/ckpt.pt", optimizer={})
+    save(tiny(), "run/ckpt.pt", optimizer={}, vocab="".join(sorted(set(TEXT))))
     content = Path("run/ckpt.pt").read_bytes()
     Path("flipped.pt").write_bytes(content[:9000] + b"flip" + content[9004:])
     Path("latin1.txt").write_bytes(b"\xe9" * 999)
