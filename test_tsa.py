@@ -540,10 +540,11 @@ def test_a_mistake_ends_in_one_line(program, flags, words, mistakes, capsys):
     assert sorted(Path().rglob("*")) == before
 
 
-@pytest.mark.parametrize("design, sparse", [("soft", False), ("skip", True)])
-def test_map_shows_the_prediction_after_each_block(design, sparse, capsys):
+@pytest.mark.parametrize("design, flag", [("soft", "--map"), ("skip", "--map"), ("exit", "--no-sparse")])
+def test_map_shows_the_prediction_after_each_block(design, flag, capsys):
     """A cell is what the model would predict if it stopped after that block, and blank if the token skipped it."""
     model, prompt, answers = tiny(**DESIGNS[design]), "2301a0bcd", "230120301"          # a and b name positions 1 and 2
+    sparse = design == "skip"           # by default, only soft gates run in full
     save(model, vocab="\n \t0123abcd", flags={"data": "chain"})
     gates, logits = pass_by_hand(model, data.encode(prompt, "\n \t0123abcd")[None], sparse)
     rows = [f"token    {' '.join(prompt)}", "name     a b c d e f g h i", "answer  "]
@@ -552,11 +553,12 @@ def test_map_shows_the_prediction_after_each_block(design, sparse, capsys):
         rows.insert(0, f"block {l}  {' '.join(c if is_open else ' ' for c, is_open in zip(letters, gate[0]))}".rstrip())
     for c, answer in zip(letters, answers):
         rows[-1] += (" " if c == answer else "!") + answer
-    sample.main(["x.pt", "--device=cpu", f"--prompt={prompt}"])     # by default, only soft gates run in full
+    sample.main(["x.pt", "--device=cpu", f"--prompt={prompt}", flag])
     out, err = capsys.readouterr()
     assert out.splitlines() == [*rows, ""]
     blocks = sum((gate != 0).double().mean().item() for gate in gates)
-    assert (f"a token ran {blocks:.2f} of 4 blocks" if sparse else "(--gate skip skips some)") in err
+    assert (f"a token ran {blocks:.2f} of 4 blocks" if sparse else "full: every token") in err
+    assert ("(--gate skip skips some)" in err) == (design == "soft")
 
 
 @full_and_sparse
