@@ -206,7 +206,7 @@ def test_design_passes_a_gradient_to_its_routers(design):
 
 @full_and_sparse
 @pytest.mark.parametrize("design", [design for design in DESIGNS if design != "exit"])
-def test_pass_equals_one_written_out(design, sparse):
+def test_gates_scale_both_updates_of_each_block(design, sparse):
     """Skipping a block is the same as scaling its updates by 0."""
     model, idx = tiny(**DESIGNS[design]), tokens()
     gates, logits = pass_by_hand(model, idx, sparse)
@@ -232,6 +232,12 @@ def test_loss_is_the_mean_cross_entropy(design):
     losses = [F.cross_entropy(logits.flatten(0, 1), targets.flatten()) for logits in pass_by_hand(model, idx)[1]]
     loss, by_hand = model.loss(idx, targets)[0], sum(losses) / 4 if design == "exit" else losses[-1]
     assert_close(loss, by_hand)
+
+
+def test_depth_loss_is_the_mean_gate_without_block_0():
+    """Block 0 always runs. Plain models and early exit have no depth loss."""
+    gates = torch.tensor([1.0, 0.5, 0.1]).view(3, 1, 1)
+    assert tiny().depth_loss(gates).item() == pytest.approx(0.3) and tiny("plain").depth_loss(gates) == 0
 
 
 @pytest.mark.parametrize("in_training, fraction", [(True, 0.25), (False, 0.0)])
@@ -272,7 +278,7 @@ def test_counted_multiply_adds_are_those_that_ran(design, T):
 
 @pytest.mark.parametrize("design, sparse", [*((design, True) for design in DESIGNS), ("soft", False), ("exit", False)])
 @pytest.mark.parametrize("shape, temperature, top_k", [((2, 3), 1.5, 3), ((1, 16), 0.5, None), ((1, 20), 0, 99)])
-def test_generation_equals_a_slow_loop_without_a_cache(design, sparse, shape, temperature, top_k):
+def test_generation_with_cache_top_k_and_restart_equals_a_slow_loop(design, sparse, shape, temperature, top_k):
     """A mistake here would show only as worse text. Beyond the context of 16, text restarts from its last 8 tokens."""
     model, idx = tiny(**DESIGNS[design]), tokens(*shape)
     torch.manual_seed(3)
@@ -290,7 +296,7 @@ def test_generation_equals_a_slow_loop_without_a_cache(design, sparse, shape, te
 
 
 @pytest.mark.parametrize("name, a, b", [("u.txt", 85, 96), ("stdlib", 85, 96), ("enwik8", 96, 101)])
-def test_text_is_split_at_characters(name, a, b, monkeypatch, tmp_path):
+def test_text_is_split_and_cut_into_windows_with_the_next_character_as_target(name, a, b, monkeypatch, tmp_path):
     """80/10/10 or, for enwik8, the paper's 90/5/5."""
     text = "".join(map(chr, [*range(100, 206), 0x1F642]))           # token i is at place i
     monkeypatch.setattr(data.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
@@ -360,7 +366,7 @@ def test_schedule_is_warmup_times_cosine(step, warmup, expected):
     assert train.schedule(step, warmup, 11) == pytest.approx(expected, abs=1e-4)
 
 
-def test_ten_steps_equal_a_loop_written_out():
+def test_ten_steps_seed_train_clip_and_update_like_a_loop_written_out():
     """Its order: seed, learning rate, lambda, loss, clipping, update. The parts have tests of their own above."""
     saved = fit("--max_iters 10 --learning_rate 0.02 --warmup_iters 4 --lam 0.3 --lam_ramp 0.5 --seed 5 --dropout 0.1")
     corpus, seeds = data.load("t.txt"), [np.random.SeedSequence((5, step)) for step in range(11)]
@@ -418,7 +424,7 @@ def test_score_prints_what_runs_and_what_the_paper_counts(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("model, lines", [("plain", 2), ("exit", 4)])
-def test_score_of_a_model_without_gates(model, lines, capsys):
+def test_score_of_plain_models_and_early_exit_counts_the_blocks_that_ran(model, lines, capsys):
     """All passes of a plain model are the same. Early exit's count, in line 4, is that of the blocks that ran."""
     scores = train.score(tiny(model, n_layer=6, confidence=0.4), tokens(), tokens())
     printed = capsys.readouterr().out.splitlines()
@@ -482,6 +488,9 @@ def test_score_evaluates_another_gate_and_writes_nothing(flags, changes, capsys,
     Path("t.txt").write_bytes(TEXT.replace("fox", "xof", 1).encode())
     train.main("--score run --device cpu".split())
     assert "note: the text has changed" in capsys.readouterr().out
+    Path("t.txt").write_bytes(TEXT.replace("fox", "f§x", 1).encode())
+    with pytest.raises(SystemExit, match="the text has changed"):       # other symbols
+        train.main("--score run --device cpu".split())
 
 
 def test_runs_are_numbered_and_sample_shows_the_newest(capsys):
@@ -572,3 +581,15 @@ def test_color_of_a_character_is_its_depth(sparse, capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     sample.main(["x.pt", "--max_new_tokens=1", "--temperature=0", "--sparse" if sparse else "--no-sparse"])
     assert capsys.readouterr().out == f"abc\033[30;48;5;{color}m{'abcdefghijk'[new]}\033[0m\n"
+
+
+def test_sample_obeys_its_flags(capsys):
+    """Each is compared with the same command without it."""
+    save(tiny(**DESIGNS["skip"]).float())
+    printed = {}
+    for flags in ("", "--seed=8", "--gate=soft", "--top_k=1", "--temperature=0", "--map --prompt=abcdefgh"):
+        sample.main(["x.pt", "--device=cpu", "--max_new_tokens=50", *flags.split()])
+        printed[flags] = capsys.readouterr()
+    assert printed[""].out != printed["--seed=8"].out and "full: every token" in printed["--gate=soft"].err
+    assert printed["--top_k=1"].out == printed["--temperature=0"].out != printed[""].out
+    assert printed["--map --prompt=abcdefgh"].out.startswith("block 3")

@@ -195,7 +195,7 @@ def test_the_readmes_code_runs(monkeypatch):
         monkeypatch.setitem(test_tsa.DESIGNS, name, dict(gate=name))
         test_tsa.test_no_token_sees("the future", (slice(None), slice(9, None)), name, sparse=True, in_training=False)
         test_tsa.test_design_passes_a_gradient_to_its_routers(name)
-        test_tsa.test_pass_equals_one_written_out(name, sparse=True)
+        test_tsa.test_gates_scale_both_updates_of_each_block(name, sparse=True)
 
 
 def test_numbers_of_the_report_are_those_of_the_rows():
