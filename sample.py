@@ -103,7 +103,7 @@ def main(argv=None):
     sparse = not soft if args.sparse is None else args.sparse
     torch.manual_seed(args.seed)
     gates = write_map(model, vocab, idx, sparse, answers) if shows_map else write_text(model, vocab, idx, args, sparse)
-    summary = f"full: every token ran all {config.n_layer} blocks" + (" (--gate skip skips some)" if soft else "")
+    summary = f"full: all {config.n_layer} blocks for every token" + (" (--gate skip skips some)" if soft else "")
     if sparse:
         summary = f"sparse: a token ran {(gates != 0).double().mean(1).sum():.2f} of {config.n_layer} blocks on average"
     print(f"{path}, {summary}" + "; deeper blue: larger gates" * (paint("x", 1) != "x"), file=sys.stderr)

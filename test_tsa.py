@@ -101,11 +101,12 @@ def block_by_hand(block, x, gate):
 
 def pass_by_hand(model, idx, sparse=False):
     """Scale every token by its gate -> lists of each block's gates (B, T), and of the logits after it (B, T, V)."""
-    gates, logits = [], []
+    trained, gates, logits = [], [], []
     x = model.wte(idx) + model.wpe.weight[:idx.size(1)]
     for l, block in enumerate(model.blocks):
-        has_router = l > 0 and model.config.model == "tsa"
-        gates.append(model.routers[l - 1](x, gates, sparse) if has_router else torch.ones(idx.shape))
+        router = model.routers[l - 1] if l > 0 and model.config.model == "tsa" else None
+        trained.append(router(x, trained) if router else torch.ones(idx.shape))
+        gates.append(router.sparse_gate(trained[l]) if router and sparse else trained[l])
         x = block_by_hand(block, x, gates[l])
         logits.append((model.norms()[l](x) @ model.wte.weight.T).float())
     return gates, logits
@@ -175,8 +176,8 @@ def test_halt_multiplies_gates_before_a_sparse_pass_sets_small_ones_to_0():
     router.scale = lambda x, gates: torch.full((1, 2), 0.4)
     gates = [torch.tensor([[1.0, 0.0]])]
     for _ in range(3):
-        gates.append(router(torch.zeros(1, 2, 128), gates, sparse=True))
-    assert_close(torch.cat(gates).T.tolist(), [[1.0, 0.4, 0.16, 0.0], [0.0, 0.0, 0.0, 0.0]])
+        gates.append(router(torch.zeros(1, 2, 128), gates))
+    assert_close(router.sparse_gate(torch.cat(gates)).T.tolist(), [[1.0, 0.4, 0.16, 0.0], [0.0, 0.0, 0.0, 0.0]])
 
 
 @pytest.mark.parametrize("unseen, place", [("the future", np.s_[:, 9:]), ("another sequence", np.s_[1:])])
@@ -566,7 +567,7 @@ def test_map_shows_the_prediction_after_each_block(design, flag, capsys):
     out, err = capsys.readouterr()
     assert out.splitlines() == [*rows, ""]
     blocks = sum((gate != 0).double().mean().item() for gate in gates)
-    assert (f"a token ran {blocks:.2f} of 4 blocks" if sparse else "full: every token") in err
+    assert (f"a token ran {blocks:.2f} of 4 blocks" if sparse else "full: all 4 blocks") in err
     assert ("(--gate skip skips some)" in err) == (design == "soft")
 
 
@@ -590,6 +591,6 @@ def test_sample_obeys_its_flags(capsys):
     for flags in ("", "--seed=8", "--gate=soft", "--top_k=1", "--temperature=0", "--map --prompt=abcdefgh"):
         sample.main(["x.pt", "--device=cpu", "--max_new_tokens=50", *flags.split()])
         printed[flags] = capsys.readouterr()
-    assert printed[""].out != printed["--seed=8"].out and "full: every token" in printed["--gate=soft"].err
+    assert printed[""].out != printed["--seed=8"].out and "full: all" in printed["--gate=soft"].err
     assert printed["--top_k=1"].out == printed["--temperature=0"].out != printed[""].out
     assert printed["--map --prompt=abcdefgh"].out.startswith("block 3")

@@ -89,17 +89,17 @@ def parse_flags(argv):
     add("score", None, "run or checkpoint to evaluate (--gate, --halt, --confidence may change)", type=Path)
 
     typed, model, saved = vars(parser.parse_args(argv)), None, None     # only the flags that were given
-    known = PRESETS[typed.get("preset", "laptop")]
+    base = PRESETS[typed.get("preset", "laptop")]
     for task, may_change in (("resume", set()), ("score", {"gate", "halt", "confidence"})):
         if task in typed:
             for name in typed.keys() - may_change - {task, "device"}:
                 parser.error(f"--{name} cannot be combined with --{task}")
             changes = {name: typed[name] for name in may_change & typed.keys()}
             model, saved = load_checkpoint(typed[task], **changes)
-            known = saved["flags"] | {"device": DEVICE}
+            base = saved["flags"] | {"device": DEVICE}
     if "resume" in typed and not (typed["resume"].is_dir() and "optimizer" in saved):
         parser.error("--resume needs the folder of a run; any checkpoint can be evaluated with --score")
-    args = argparse.Namespace(**defaults | known | typed)       # later ones replace earlier ones
+    args = argparse.Namespace(**defaults | base | typed)       # later ones replace earlier ones
     args.dtype = args.dtype or ("bfloat16" if supports_bfloat16(args.device) else "float32")
     if args.out_dir and (args.out_dir / "ckpt.pt").exists():
         parser.error(f"--out_dir {args.out_dir} contains a run; continue it with --resume {args.out_dir}")
@@ -144,10 +144,10 @@ def evaluate(model, idx, targets, sparse):
 @torch.no_grad()
 def speedup(model, idx):
     """How many times as fast a sparse pass is as one of the plain model with the same blocks, on windows (n, T)."""
-    ratios = []
-    for x in idx[:64].to(model.wte.weight.device).expand(16, -1, -1):       # 16 rounds on the same windows
-        seconds = []            # of the two passes, which take turns, because speeds drift
-        for run in (partial(Transformer.forward, model), partial(model, sparse=True)):
+    x, ratios = idx[:64].to(model.wte.weight.device), []
+    for _ in range(16):         # the two take turns, because speeds drift
+        seconds = []
+        for run in (partial(Transformer.forward, model), partial(model, sparse=True)):      # without gates, sparse
             began = time.perf_counter()
             run(x)[0][-1, -1, -1].item()        # waits for the device
             seconds.append(time.perf_counter() - began)

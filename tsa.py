@@ -65,13 +65,13 @@ class Router(nn.Module):
         nn.init.constant_(self.out.bias, config.gate_bias)
         self.halt = config.halt
 
-    def forward(self, x, gates, sparse=False):
+    def forward(self, x, gates):
         """x (B, T, C), gates [(B, T), ...] of blocks 0 (ones), 1, ... so far -> the gate of block len(gates) (B, T)."""
         gate = self.gate(self.scale(x, gates))
         if self.halt:
             gate = gate * gates[-1]
         assert gate.shape == x.shape[:2], f"a gate of shape {tuple(gate.shape)} instead of {tuple(x.shape[:2])}, (B, T)"
-        return self.sparse_gate(gate) if sparse else gate
+        return gate
 
     def scale(self, x, gates):
         """1 - p (B, T), see equation (3). The sigmoid is in float32, because bfloat16 would round a p near 1 to 1."""
@@ -82,7 +82,7 @@ class Router(nn.Module):
         return scale
 
     def sparse_gate(self, gate):
-        """The gate in a sparse pass. Unless overridden, it is the gate that was trained."""
+        """The gate that replaces `gate` in a sparse pass. Unless overridden, it is the gate that was trained."""
         return gate
 
 
@@ -128,7 +128,7 @@ class Attention(nn.Module):
         """h (B, T, C), keys and values kv (B, S, 2C) -> (B, T, C), or (N, C) for the N tokens of `rows` (see Block)."""
         B, T, C = h.shape
         q = self.query(h if rows is None else h[rows])
-        if rows is not None:    # is_causal needs T queries, so scores are computed for all tokens (4% of a block)
+        if rows is not None:    # is_causal needs T queries, so scores are computed for all tokens (a few percent)
             q = q.new_zeros(B, T, C).index_put(rows, q)
         k, v = kv.chunk(2, dim=-1)                                      # (B, S, C) each
         assert T in (1, k.size(1)), "with a filled cache, pass one token at a time"      # is_causal assumes S = T
@@ -253,14 +253,17 @@ class TSA(Transformer):
         self.routers = nn.ModuleList(GATES[config.gate](config) for _ in range(config.n_layer - 1))
 
     def forward(self, idx, sparse=False, caches=None):
-        (first, *others), caches = self.blocks, caches or [None] * len(self.blocks)
+        caches = caches or [None] * len(self.blocks)
+        first, *others = self.blocks
         # Block 0 has no gate, because before it has run, x says nothing about the context.
         x = first(self.embed(idx, caches[0]), cache=caches[0])          # (B, T, C)
         gates = [torch.ones(idx.shape, device=idx.device)]
+        used = gates[:]         # the same or, in a sparse pass, those of sparse_gate
         for router, block, cache in zip(self.routers, others, caches[1:]):
-            gates.append(router(x, gates, sparse))                      # (B, T)
-            x = block(x, gates[-1], sparse, cache)
-        return self.head(self.ln_f(x)), torch.stack(gates)
+            gates.append(router(x, gates))                              # (B, T)
+            used.append(router.sparse_gate(gates[-1]) if sparse else gates[-1])
+            x = block(x, used[-1], sparse, cache)
+        return self.head(self.ln_f(x)), torch.stack(used)
 
     def depth_loss(self, gates):
         """The mean gate of blocks 1, 2, ..., as in the paper."""
@@ -281,7 +284,8 @@ class Exit(Transformer):
     def forward(self, idx, sparse=False, caches=None):
         if not sparse:
             return super().forward(idx, caches=caches)
-        (first, *others), caches = self.blocks, caches or [None] * len(self.blocks)
+        caches = caches or [None] * len(self.blocks)
+        first, *others = self.blocks
         x = first(self.embed(idx, caches[0]), cache=caches[0])          # (B, T, C)
         gate = torch.ones(idx.shape, device=idx.device)         # 1 until the token exits
         gates, logits = [gate], torch.zeros(*idx.shape, self.config.vocab_size, device=idx.device)

@@ -103,15 +103,15 @@ def saving(row, gates):
 
 
 def above_exit(found, rows, gates, loss):
-    """Losses relative to early exit's of the same seed, interpolated between its confidences to equal savings."""
+    """The rows that can be compared, and their losses relative to early exit's of the same seed and equal savings."""
     above = []
     for row in found:
         points = sorted((saving(other, gates), other["val_loss_sparse"]) for other in rows if other["model"] == "exit"
                         and all(other[key] == row[key] for key in ("family", "split", "seed", "n_embd")))
         share = saving(row, gates)
         if points and share is not None and points[0][0] <= share <= points[-1][0]:
-            above.append(row[loss] / np.interp(share, *zip(*points)) - 1)
-    return above
+            above.append((row, row[loss] / np.interp(share, *zip(*points)) - 1))     # between two confidences
+    return zip(*above)
 
 
 def loss_cells(claim, row, rows):
@@ -120,7 +120,7 @@ def loss_cells(claim, row, rows):
     if claim.baseline == "plain":
         above = above_full(found, rows, loss)
     else:
-        above = above_exit(found, rows, row.gates, loss)
+        found, above = above_exit(found, rows, row.gates, loss)
     saved = statistics.mean(share for share in (saving(one, row.gates) for one in found) if share is not None)
     mean = f"{statistics.mean(above):+.2%}" + (f" ± {interval(above):.2%}" if len(above) > 1 else "")
     answer = verdict(above, claim.limit)
@@ -133,7 +133,7 @@ def loss_cells(claim, row, rows):
 
 def harder_cells(row, rows):
     """Blocks of the easiest and the hardest fifth of the tokens, and the correlation of blocks with difficulty."""
-    found = group([one for one in rows if one["fifths"] != ""])[row.run, "val"]
+    found = group([one for one in rows if one["correlation"] != ""])[row.run, "val"]
     correlations, fifths = ([one[key] for one in found] for key in ("correlation", "fifths"))
     easy, hard = (statistics.mean(one[k] for one in fifths) for k in (0, 4))
     return (f"{row.label} ({len(found)})", f"easiest fifth {easy:.1f} blocks, hardest {hard:.1f}; correlation "
@@ -154,9 +154,10 @@ def speed_cells(row):
     width, work, batch, name = row.run
     one, = (one for one in times if one["text"] == "stdlib" and (int(one["n_embd"]), one["work"], int(one["batch"]))
             == (width, work, batch) and one["gates"] == name)
-    speed, half = float(one["speedup"]), float(one["interval"])
-    answer = "unclear" if abs(speed - 1) <= half else "**yes**" if speed > 1 else "**no**"
-    return (row.label, f"{speed:.2f} ± {half:.2f} times as fast as 12 plain layers", "" if "plain" in name else answer)
+    speed, low, high = (float(one[key]) for key in ("speedup", "low", "high"))
+    answer = "**yes**" if low > 1 else "**no**" if high < 1 else "unclear"
+    return (row.label, f"{speed:.2f} ({low:.2f} to {high:.2f}) times as fast as 12 plain layers",
+            "" if "plain" in name else answer)
 
 
 def main(argv=None):

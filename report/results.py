@@ -6,7 +6,9 @@ Score finished runs, add their rows to results.csv, and print all rows as means 
 import argparse
 import csv
 import json
+import math
 import platform
+import re
 import statistics
 from dataclasses import replace
 from functools import cache
@@ -84,7 +86,8 @@ def depth_scores(model, vocab, idx, losses):
     is_space = torch.tensor([c.isspace() for c in vocab])[idx]
     for name, chosen in (("", torch.ones_like(is_space)), ("_nonblank", ~is_space)):
         fifths = depth[chosen][losses[chosen].argsort()].chunk(5)
-        scores["correlation" + name] = torch.corrcoef(torch.stack([depth[chosen], losses[chosen]]))[0, 1].item()
+        correlation = torch.corrcoef(torch.stack([depth[chosen], losses[chosen]]))[0, 1].item()
+        scores["correlation" + name] = correlation if math.isfinite(correlation) else ""    # if no depth differs
         scores["fifths" + name] = [round(fifth.mean().item(), 2) for fifth in fifths]
     return scores
 
@@ -102,11 +105,11 @@ def score(folder, about):
     if saved["config"]["model"] == "exit":
         variants = {f"{run}-confidence={value}": {"confidence": value} for value in CONFIDENCES}
     elif saved["config"]["model"] == "tsa" and saved["config"]["gate"] == "skip":
-        variants[run.replace("gate=skip", "gate=soft")] = {"gate": "soft"}
+        variants[run.replace("gate=skip", "gate=soft") if "gate=skip" in run else f"{run}-gate=soft"] = {"gate": "soft"}
     corpus, is_chain = data.load(flags["data"]), flags["data"] == "chain"
     family = flags["data"] if flags["preset"] == "laptop" else flags["preset"]
-    shared = f"-data={flags['data'].replace('/', '_')}" if family == flags["data"] else ""
-    plain = folder.with_name(f"preset={flags['preset']}-model=plain{shared}-seed={flags['seed']}")
+    text = "".join(re.findall("-data=[^-]+", folder.name))
+    plain = folder.with_name(f"preset={flags['preset']}-model=plain{text}-seed={flags['seed']}")
     for run, changes in variants.items():
         model, _ = load_checkpoint(folder / "ckpt.pt", **changes)
         T = model.config.block_size
@@ -171,7 +174,7 @@ def table(rows):
     Rows -> lines of cells: run, split, number of seeds, means of SCORES and FIFTHS, the full and the sparse loss
     above_full (on text), and the sparse loss against_plain. ± is the 95% interval of a mean.
     """
-    lines, harder = [], group([row for row in rows if row.get("fifths", "") != ""])
+    lines, harder = [], group([row for row in rows if row.get("correlation", "") != ""])
     for key, found in sorted(group(rows).items()):
         lines.append([*key, str(len(found))])
         for column, form in SCORES.items():

@@ -3,11 +3,11 @@ Find the best lambda of a gate design on the puzzle, and print its row of the le
 
     python -m report.sweep --gate half          about 25 minutes on one CPU core; further flags are those of train.py
 
-All designs follow one rule. With seed 0, lambda triples (at most seven times) until the sparse loss exceeds the limit.
-Of the earlier lambdas, the one with the fewest blocks per position makes the row if the mean loss of five new seeds is
-within the limit, too; otherwise, the one with the next fewest is tried. Plain models and early exit have no lambda:
-they are trained with the five seeds. The same command continues a sweep that was stopped, and reuses finished runs
-unless the code has changed.
+All designs follow one rule. With seed 0, lambda grows about threefold (at most seven times) until the sparse loss
+exceeds the limit. Of the earlier lambdas, the one with the fewest blocks per position makes the row if the mean loss of
+five new seeds is within the limit, too; otherwise, the one with the next fewest is tried. Plain models and early exit
+have no lambda: they are trained with the five seeds. The same command continues a sweep that was stopped, and reuses
+finished runs unless the code has changed.
 """
 import json
 import re
@@ -79,6 +79,8 @@ def main(argv=None):
     else:
         rows = [run(flags, seed) for seed in SEEDS]
         within_limit(flags, rows)
+    if any(row["blocks"] != row["blocks"] for row in rows):         # nan
+        raise SystemExit("no row: a run diverged")
     blocks, shares = [row["blocks"] for row in rows], [cost(row | {"family": "chain"}) for row in rows]
     print("design|blocks per position (95% interval)|multiply-adds (of 6 plain layers)|loss")
     print(f"`{' '.join(flags).replace('=', ' ')}`", f"{statistics.mean(blocks):.2f} ± {interval(blocks):.2f}",
