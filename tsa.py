@@ -74,7 +74,7 @@ class Router(nn.Module):
         return gate
 
     def scale(self, x, gates):
-        """1 - p (B, T), see equation (3). The sigmoid is in float32, because bfloat16 would round a p near 1 to 1."""
+        """1 - p (B, T) of equation (3). The sigmoid is in float32, because bfloat16 would round a p near 1 to 1."""
         return 1 - torch.sigmoid(self.out(F.relu(self.fc(x))).squeeze(-1).float())
 
     def gate(self, scale):
@@ -258,7 +258,7 @@ class TSA(Transformer):
         # Block 0 has no gate, because before it has run, x says nothing about the context.
         x = first(self.embed(idx, caches[0]), cache=caches[0])          # (B, T, C)
         gates = [torch.ones(idx.shape, device=idx.device)]
-        used = gates[:]         # the same or, in a sparse pass, those of sparse_gate
+        used = gates[:]         # routers see `gates`, blocks get `used`
         for router, block, cache in zip(self.routers, others, caches[1:]):
             gates.append(router(x, gates))                              # (B, T)
             used.append(router.sparse_gate(gates[-1]) if sparse else gates[-1])
