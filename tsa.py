@@ -53,8 +53,8 @@ class Config:
 class Router(nn.Module):
     """
     Computes the gate of the next block from the state after this one. A design is a subclass that overrides `gate`,
-    `scale` or `sparse_gate`, and may have parameters and buffers of its own. It must compute a token's gate from that
-    token's x and gates only: when the model generates text, x holds only the newest token.
+    `scale` or `sparse_gate`, and may have parameters of its own (a comparison with one gives it no gradient). It must
+    compute a token's gate from that token's x and gates only: when the model writes text, x holds only the newest token.
     """
 
     def __init__(self, config):

@@ -7,7 +7,7 @@ All designs follow one rule. With seed 0, lambda grows about threefold (at most 
 exceeds the limit. Of the earlier lambdas, the one with the fewest blocks per position makes the row if the mean loss of
 five new seeds is within the limit, too; otherwise, the one with the next fewest is tried. Plain models and early exit
 have no lambda: they are trained with the five seeds. The same command continues a sweep that was stopped, and reuses
-finished runs unless the code has changed.
+finished runs unless tsa.py, train.py or data.py has changed.
 """
 import json
 import re
