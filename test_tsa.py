@@ -202,7 +202,8 @@ def test_design_passes_a_gradient_to_its_routers(design):
     torch.manual_seed(0)
     model, idx = TSA(Config(gate=design, vocab_size=11)), tokens()
     model.loss(idx, idx)[0].backward()
-    without = [name for name, weight in model.routers.named_parameters() if weight.grad is None or not weight.grad.any()]
+    weights = dict(model.routers.named_parameters())
+    without = [name for name, weight in weights.items() if weight.grad is None or not weight.grad.any()]
     assert without == [], f"{design} passes no gradient to {without}"
 
 

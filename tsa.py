@@ -54,7 +54,7 @@ class Router(nn.Module):
     """
     Computes the gate of the next block from the state after this one. A design is a subclass that overrides `gate`,
     `scale` or `sparse_gate`, and may have parameters of its own (a comparison with one gives it no gradient). It must
-    compute a token's gate from that token's x and gates only: when the model writes text, x holds only the newest token.
+    compute a token's gate from its x and gates only: when the model generates text, x holds only the newest token.
     """
 
     def __init__(self, config):
@@ -68,8 +68,7 @@ class Router(nn.Module):
     def forward(self, x, gates):
         """x (B, T, C), gates [(B, T), ...] of blocks 0 (ones), 1, ... so far -> the gate of block len(gates) (B, T)."""
         gate = self.gate(self.scale(x, gates))
-        if self.halt:
-            gate = gate * gates[-1]
+        gate = gate * gates[-1] if self.halt else gate
         assert gate.shape == x.shape[:2], f"a gate of shape {tuple(gate.shape)} instead of {tuple(x.shape[:2])}, (B, T)"
         return gate
 
