@@ -81,7 +81,7 @@ class Router(nn.Module):
         return scale
 
     def sparse_gate(self, gate):
-        """The gate that replaces `gate` in a sparse pass. Unless overridden, it is the gate that was trained."""
+        """The gate in a sparse pass, made from the one that was trained. Unless overridden, it is the same."""
         return gate
 
 
@@ -200,8 +200,7 @@ class Transformer(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
         for embedding in (self.wte, self.wpe):
             nn.init.normal_(embedding.weight, std=0.02)
-        # As in GPT-2: x is the sum of 2L updates, so each starts with 1 / (2L) of the variance. Other linear layers
-        # keep PyTorch's initialization.
+        # As in GPT-2: x is the sum of 2L updates, so each starts with 1 / (2L) of the variance.
         for block in self.blocks:
             for linear in (block.attn.proj, block.ffn.proj):
                 nn.init.normal_(linear.weight, std=0.02 / (2 * config.n_layer) ** 0.5)
