@@ -2,7 +2,7 @@
 Look inside a trained model:
 
     python sample.py                        write text with the newest model; in a terminal, colors show the gates
-    python sample.py out/tsa-1 --map        show what each token would predict next, after each block
+    python sample.py out/tsa-1 --map        show what the model would predict next at each token, after each block
     python sample.py report/chain.pt        a map of a puzzle, with the correct answers
 """
 import argparse
@@ -29,7 +29,7 @@ def paint(text, gate):
 
 
 def write_text(model, vocab, idx, args, sparse):
-    """Print idx (1, T) and n new tokens colored by the gates of the tokens that predicted them. Return these (L, n)."""
+    """Print idx (1, T) and n new tokens, colored by the gates of those that predicted them. Return the gates (L, n)."""
     print("".join(vocab[i] for i in idx[0]), end="")
     steps = []
     for idx_next, gates in generate(model, idx, args.max_new_tokens, args.temperature, args.top_k, sparse):
@@ -78,7 +78,7 @@ def main(argv=None):
     add("--prompt", help="text to continue or to map (default: stored in the checkpoint)")
     add("--gate", choices=GATES, help="gate design (default: the checkpoint's)")
     add("--sparse", action=argparse.BooleanOptionalAction,
-        help="skip blocks whose gate is 0 (default: unless the gate is soft)")
+        help="skip blocks whose gate is 0 (default: yes, unless the gate is soft)")
     add("--max_new_tokens", type=positive, default=500, help="tokens to generate (default: 500)")
     add("--temperature", type=bounded(float, 0), default=0.8, help="0 picks the most likely token (default: 0.8)")
     add("--top_k", type=positive, help="sample from the k most likely tokens (default: from all)")
@@ -110,7 +110,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    if hasattr(sys.stdout, "reconfigure"):          # notebooks have none
+    if hasattr(sys.stdout, "reconfigure"):          # a notebook's stdout lacks it
         sys.stdout.reconfigure(errors="replace")    # for plain-ASCII terminals
     try:
         main()

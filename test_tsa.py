@@ -1,4 +1,4 @@
-"""What the code promises. Run `pytest -q`; no network or GPU is needed. It tests every gate in GATES, yours too."""
+"""Tests of what the code promises. `pytest -q` needs no network or GPU and tests every gate in GATES, yours too."""
 import copy
 import hashlib
 import json
@@ -59,10 +59,11 @@ def folder(tmp_path, monkeypatch):
     Path("t.txt").write_bytes(TEXT.encode())
     monkeypatch.setattr(data, "FOLDER", tmp_path / "data")
     monkeypatch.setenv("NO_COLOR", "")
+    monkeypatch.delenv("COLUMNS", raising=False)
 
 
 def fit(flags):
-    """Train a small model in ./run, and return its checkpoint; of repeated flags, the last one counts."""
+    """Train a small model in ./run and return its checkpoint; of repeated flags, the last one counts."""
     train.main(f"{SMALL} --out_dir run {flags}".split())
     return load_checkpoint("run")[1]
 
@@ -136,7 +137,7 @@ def test_number_of_parameters_is_the_papers(model, vocab_size, block_size, width
 
 
 def test_initial_weights_and_gates_are_the_papers():
-    """So an untrained model "saves" 22% by the paper's count, 1 - (1 + 5 * 0.731) / 6."""
+    """With them, an untrained model "saves" 22% by the paper's count, 1 - (1 + 5 * 0.731) / 6."""
     model = TSA(Config(n_layer=8, n_embd=256, gate_bias=3.0))
     block, pytorchs, small = model.blocks[3], 1 / (3 * 256) ** 0.5, 0.02 / (2 * 8) ** 0.5
     for layer, std in [(model.wte, 0.02), (model.wpe, 0.02), (block.attn.proj, small), (block.ffn.proj, small),
@@ -184,7 +185,7 @@ def test_halt_multiplies_gates_before_a_sparse_pass_sets_small_ones_to_0():
 @pytest.mark.parametrize("sparse, in_training", [(False, False), (True, False), (False, True)])
 @all_designs
 def test_no_token_sees(unseen, place, design, sparse, in_training):
-    """A gate that did would score well and generate rubbish, or depend on the batch."""
+    """A gate that saw them would score well and generate rubbish, or depend on the batch."""
     model, idx = tiny(**DESIGNS[design]).train(in_training), tokens(50)
     changed, twin = idx.clone(), copy.deepcopy(model)           # a twin, because a design may count its calls
     changed[place] = (changed[place] + 1) % 11
@@ -218,7 +219,7 @@ def test_gates_scale_both_updates_of_each_block(design, sparse):
 
 @pytest.mark.parametrize("confidence", [0.0, 0.4, 1.0])
 def test_early_exit_equals_one_written_out(confidence):
-    """A token exits once a probability exceeds the confidence, and keeps that prediction."""
+    """A token exits once a probability exceeds the confidence and keeps that prediction."""
     model, idx = tiny("exit", confidence=confidence), tokens()
     gates, logits = exit_by_hand(model, idx)
     assert_close(model(idx, sparse=True), (logits, gates))
@@ -245,7 +246,7 @@ def test_depth_loss_is_the_mean_gate_without_block_0():
 
 @pytest.mark.parametrize("in_training, fraction", [(True, 0.25), (False, 0.0)])
 def test_dropout_sits_at_the_papers_four_places_in_training(in_training, fraction):
-    """On the embeddings, on the attention weights, after GELU, and after the feed-forward layer."""
+    """They are the embeddings, the attention weights, and the outputs of GELU and of the feed-forward layer."""
     model, inputs = tiny(dropout=0.25).train(in_training), []
     block = model.blocks[0]
     for layer in (block.attn.proj, block.ffn.proj):     # their inputs: attention to a single token, and GELU's output
@@ -329,7 +330,7 @@ def test_target_of_a_chain_is_the_digit_that_the_letters_lead_to():
 
 @pytest.mark.parametrize("sha256, name", [(hashlib.sha256(TEXT.encode()).hexdigest(), "shakespeare"), ("0", "stdlib")])
 def test_a_damaged_download_falls_back_to_the_standard_library(sha256, name, monkeypatch, capsys):
-    """The README's command works anywhere, and says what it trains on. No damaged file is left."""
+    """The README's command works anywhere and says what it trains on. No damaged file is left."""
     server = HTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler)             # it serves this test's folder
     threading.Thread(target=server.handle_request, daemon=True).start()
     monkeypatch.setenv("no_proxy", "*")
@@ -345,7 +346,7 @@ def test_a_damaged_download_falls_back_to_the_standard_library(sha256, name, mon
     ("paper", "soft 6 8 256 128 0.1 64 5000 0.0003 0 250 0.0 auto"),        # the paper's
     ("chain", "skip 6 4 64 30 0.0 64 1500 0.002 100 100 0.5 chain")])
 def test_preset_has_the_documented_settings(preset, expected):
-    """Published numbers hold only for these."""
+    """Published numbers hold only for these settings."""
     args, names = vars(train.parse_flags([f"--preset={preset}"])[0]), ("gate n_layer n_head n_embd block_size dropout "
         "batch_size max_iters learning_rate warmup_iters eval_interval lam_ramp data")
     assert " ".join(str(args[name]) for name in names.split()) == expected
@@ -354,7 +355,7 @@ def test_preset_has_the_documented_settings(preset, expected):
 
 
 def test_only_matrices_decay():
-    """As in the paper: not the embeddings, the biases and the LayerNorms."""
+    """In the paper, embeddings, biases and LayerNorms do not."""
     model = tiny("exit")
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decays = {names[id(parameter)]: group["weight_decay"] for group in train.make_optimizer(model).param_groups
@@ -402,7 +403,7 @@ def test_result_scores_all_windows_and_evaluations_some_from_the_whole_split(run
 
 
 def test_dtype_and_compile_are_obeyed(monkeypatch):
-    """Speeds and losses are those of bfloat16, or of a compiled loss, only if it runs."""
+    """Speeds and losses are those of bfloat16, or of a compiled loss, only if the flag takes effect."""
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda loss: compiled.append(loss) or loss)
     exact = fit("--max_iters 1 --compile")["model"]
@@ -437,7 +438,7 @@ def test_score_of_plain_models_and_early_exit_counts_the_blocks_that_ran(model, 
 
 @pytest.mark.parametrize("sleeps_in, slower", [("sparse", True), ("plain", False)])
 def test_speedup_is_that_of_the_sparse_pass(sleeps_in, slower, monkeypatch):
-    """Over a plain model: against its own full pass, a design would look faster without skipping anything."""
+    """The baseline is a plain model: next to its own full pass, a design would seem faster if it skipped nothing."""
     model, block = tiny(), tsa.Block.forward
 
     def forward(self, x, gate=None, sparse=False, cache=None):
@@ -468,7 +469,7 @@ def test_an_interrupted_run_resumes_to_the_bit(monkeypatch):
 
 
 def test_a_gate_that_raises_in_training_leaves_no_folder(monkeypatch):
-    """A folder would block the same command, and sample.py would show untrained weights."""
+    """A folder with untrained weights would be the newest run, and block the same command."""
     gate = {"gate": lambda self, scale: self.nosuch if self.training else scale}
     monkeypatch.setitem(GATES, "raises", type("Raises", (Router,), gate))
     with pytest.raises(AttributeError):
@@ -490,9 +491,9 @@ def test_score_evaluates_another_gate_and_writes_nothing(flags, changes, capsys,
     assert capsys.readouterr().out == expected and sorted(Path().rglob("*")) == before
     Path("t.txt").write_bytes(TEXT.replace("fox", "xof", 1).encode())
     train.main("--score run --device cpu".split())
-    assert "note: the text has changed" in capsys.readouterr().out
+    assert "not the text" in capsys.readouterr().out
     Path("t.txt").write_bytes(TEXT.replace("fox", "f§x", 1).encode())
-    with pytest.raises(SystemExit, match="the text has changed"):       # other symbols
+    with pytest.raises(SystemExit, match="not the text"):       # other symbols
         train.main("--score run --device cpu".split())
 
 
@@ -533,17 +534,18 @@ def mistakes():
 
 @pytest.mark.parametrize("program, flags, words", [
     (train, "--dropout 1.5", "not a number from 0 to 1"), (train, "--n_embd 16 --n_head 3", "not divisible"),
-    (train, "--n_layer 1", "needs --n_layer 2"), (train, "--out_dir run", "continue it with --resume run"),
+    (train, "--n_layer 1", "needs --n_layer 2"), (train, "--out_dir run", "to continue it: --resume run"),
     (train, "--resume run/ckpt.pt", "the folder of a run"), (train, "--resume run --lam 1", "--lam cannot be combined"),
-    (train, "--score run --lam 1", "--lam cannot be combined"), (train, "--resume run", "text has changed"),
-    (train, "--data nosuch", "No such file"), (train, "--data latin1.txt", "decode"),
+    (train, "--score run --lam 1", "--lam cannot be combined"), (train, "--resume run", "not the text"),
+    (train, "--out_dir t.txt", "is a file"), (train, "--data nosuch", "No such file"),
+    (train, "--data latin1.txt", "decode"),
     (train, "--data t.txt --block_size 9999", "be at most 1358"), (train, "--data chain", "--block_size must be 30"),
     (sample, "flipped.pt", "flipped.pt is damaged"), (sample, "bomb.pt", "bomb.pt is damaged"),
     (sample, "gate.pt", "no model tsa with gate nosuch"), (sample, "size.pt", "size.pt does not fit tsa.py"),
     (sample, "chain.pt --prompt=", "at least one character"), (sample, "chain.pt --prompt 7bc", "'b' at position 2"),
     (sample, "chain.pt --prompt §", r"vocabulary: '\xa7'"), (sample, f"chain.pt --prompt {'7' * 17}", "at most 16")])
 def test_a_mistake_ends_in_one_line(program, flags, words, mistakes, capsys):
-    """It says what is wrong, without a traceback. Nothing is written, and no foreign code runs."""
+    """The message says what is wrong, without a traceback. Nothing is written, and no foreign code runs."""
     before = sorted(Path().rglob("*"))
     with pytest.raises(SystemExit) as stop:
         program.main(["--device=cpu", *flags.split()])

@@ -7,8 +7,8 @@ Train and evaluate a model:
     python train.py --score out/tsa-1 --gate skip               evaluate a model with another gate
     python train.py --preset chain --gate straight --halt --lam 0.03        a puzzle, in two minutes
 
---help lists all flags. Each step's random numbers depend only on (seed, step), so that all designs are trained on the
-same batches, and a resumed run matches one that was never interrupted (on a CPU, bit for bit).
+--help lists all flags. Each step's random numbers depend only on (seed, step), so all designs are trained on the same
+batches, and a resumed run matches one that was never interrupted (on a CPU, bit for bit).
 """
 import argparse
 import contextlib
@@ -96,13 +96,13 @@ def parse_flags(argv):
                 parser.error(f"--{name} cannot be combined with --{task}")
             changes = {name: typed[name] for name in may_change & typed.keys()}
             model, saved = load_checkpoint(typed[task], **changes)
-            base = saved["flags"] | {"device": DEVICE}
+            base = saved["flags"] | ({"device": DEVICE} if task == "score" else {})
     if "resume" in typed and not (typed["resume"].is_dir() and "optimizer" in saved):
         parser.error("--resume needs the folder of a run; any checkpoint can be evaluated with --score")
     args = argparse.Namespace(**defaults | base | typed)       # later ones replace earlier ones
     args.dtype = args.dtype or ("bfloat16" if supports_bfloat16(args.device) else "float32")
-    if args.out_dir and (args.out_dir / "ckpt.pt").exists():
-        parser.error(f"--out_dir {args.out_dir} contains a run; continue it with --resume {args.out_dir}")
+    if args.out_dir and (args.out_dir.is_file() or (args.out_dir / "ckpt.pt").exists()):
+        parser.error(f"--out_dir {args.out_dir} is a file or contains a run (to continue it: --resume {args.out_dir})")
     if args.n_embd % args.n_head:
         parser.error(f"--n_embd {args.n_embd} is not divisible by --n_head {args.n_head}")
     if args.n_layer == 1 and args.model != "plain":
@@ -143,7 +143,7 @@ def evaluate(model, idx, targets, sparse):
 
 @torch.no_grad()
 def speedup(model, idx):
-    """How many times as fast a sparse pass is as one of the plain model with the same blocks, on windows (n, T)."""
+    """The speed of a sparse pass relative to that of the plain model with the same blocks, on windows (n, T)."""
     x, ratios = idx[:64].to(model.wte.weight.device), []
     for _ in range(16):         # the two take turns, because speeds drift
         seconds = []
@@ -203,7 +203,7 @@ def schedule(step, warmup_iters, max_iters):
 
 
 def fit(model, args, corpus, saved):
-    """Train the model, and save checkpoints and the result. `saved` is the checkpoint to resume, or None."""
+    """Train the model and save checkpoints and the result. `saved` is the checkpoint to resume, or None."""
     idx, targets = corpus.windows("val", args.block_size)               # (n, T) each
     optimizer, first = make_optimizer(model), saved["step"] if saved else 0
     if saved:
@@ -214,7 +214,7 @@ def fit(model, args, corpus, saved):
     size = sum(parameter.numel() for parameter in model.parameters())
     print(f"{size:,} parameters, data {args.data}, device {args.device}, dtype {args.dtype}")
 
-    def evaluation(step):       # on all windows at the end, otherwise on about 256, spread over the split
+    def evaluation(step):       # on all windows at the end, otherwise on some 300, spread over the split
         last = step == args.max_iters
         stride = 1 if last else max(len(idx) // 256, 1)
         return score(model, idx[::stride], targets[::stride], timed=last)
@@ -275,7 +275,7 @@ def main(argv=None):
         idx, targets = corpus.windows("val", args.block_size)
         changed = saved and saved["checksum"] != corpus.checksum()
         if changed and (args.resume or saved["vocab"] != corpus.vocab):
-            raise ValueError(f"--data {args.data}: the text has changed since this model was trained")
+            raise ValueError(f"--data {args.data} is not the text that this model was trained on")
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     if not saved:
@@ -285,7 +285,7 @@ def main(argv=None):
     model.to(args.device)
     if args.score:
         if changed:
-            print("note: the text has changed since this model was trained")
+            print(f"note: --data {args.data} is not the text that this model was trained on")
         score(model, idx, targets, timed=True)
         return
     args.out_dir = args.resume or args.out_dir

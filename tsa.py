@@ -1,6 +1,6 @@
 """
 Token-Selective Attention (TSA) in one file: a character-level transformer in which routers, one after each block but
-the last, decide for every token how much the next block changes it. From scratch, after "Adaptive Computation Depth via
+the last, decide for every token how much the next block changes it. This implements "Adaptive Computation Depth via
 Learned Token Routing in Transformers" (arXiv 2605.05222). A token has a gate for each block but the first. The gate
 scales both updates of the token's state x:
 
@@ -36,7 +36,7 @@ class Config:
     """The hyperparameters of a model. train.py has the paper's as `--preset paper`."""
     model: str = "tsa"          # a name in MODELS
     gate: str = "skip"          # tsa: a name in GATES
-    gate_bias: float = -1.0     # tsa: initial b2 of equation (3): -1 makes gates near 0.73; a larger bias, smaller ones
+    gate_bias: float = -1.0     # tsa: initial b2 of equation (3): -1 makes gates near 0.73, a larger bias smaller ones
     halt: bool = False          # tsa: multiply each gate by those before it, so that it stays 0 once it is 0
     confidence: float = 0.9     # exit: exit once the largest probability exceeds this
     vocab_size: int = 65
@@ -53,7 +53,7 @@ class Config:
 class Router(nn.Module):
     """
     Computes the gate of the next block from the state after this one. A design is a subclass that overrides `gate`,
-    `scale` or `sparse_gate`, and may have parameters of its own (a comparison with one gives it no gradient). It must
+    `scale` or `sparse_gate`, and may have parameters of its own (a mere comparison gives them no gradient). It must
     compute a token's gate from its x and gates only: when the model generates text, x holds only the newest token.
     """
 
@@ -77,7 +77,7 @@ class Router(nn.Module):
         return 1 - torch.sigmoid(self.out(F.relu(self.fc(x))).squeeze(-1).float())
 
     def gate(self, scale):
-        """Equation (4): the scale itself. Evaluation calls this, too: a design adds noise only `if self.training`."""
+        """Equation (4): the scale itself. Evaluation calls this, too, so add noise only `if self.training`."""
         return scale
 
     def sparse_gate(self, gate):
@@ -130,7 +130,7 @@ class Attention(nn.Module):
         if rows is not None:    # is_causal needs T queries, so scores are computed for all tokens (a few percent)
             q = q.new_zeros(B, T, C).index_put(rows, q)
         k, v = kv.chunk(2, dim=-1)                                      # (B, S, C) each
-        assert T in (1, k.size(1)), "with a filled cache, pass one token at a time"      # is_causal assumes S = T
+        assert T in (1, k.size(1)), "once the cache has tokens, pass one at a time"      # is_causal assumes S = T
         q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in (q, k, v))  # (B, nh, T or S, hs)
         dropout_p = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=T > 1)
@@ -165,7 +165,7 @@ class Block(nn.Module):
     def forward(self, x, gate=None, sparse=False, cache=None):
         """
         x (B, T, C), gate (B, T) -> (B, T, C). Without a gate, this is the plain block. If sparse, only the N tokens
-        whose gate is not 0 are computed; the result is the same.
+        whose gate is not 0 are computed; for the same gates, the result is the same.
         """
         h = self.ln1(x)
         kv = self.attn.key_value(h)     # of all tokens: those that run the block attend to those that skip it
@@ -214,7 +214,7 @@ class Transformer(nn.Module):
         return F.dropout(x, self.config.dropout, self.training)
 
     def norms(self):
-        """The norms with which the model would predict if it stopped after block 0, 1, ..."""
+        """The LayerNorm before the head if the model stopped after block 0, 1, ..."""
         return [self.ln_f] * len(self.blocks)
 
     def head(self, h):
@@ -327,7 +327,7 @@ def load_checkpoint(path, **changes):
             if zipfile.ZipFile(file).testzip() or not {"model", "flags", "vocab", "prompt", "checksum"} <= saved.keys():
                 raise ValueError        # torch does not verify the checksums of its archive
             config = Config(**saved["config"] | changes)
-        except Exception:       # torch raises many kinds, and recommends an unsafe load
+        except Exception:       # torch raises many types, and some recommend an unsafe load
             raise ValueError(f"{path} is damaged or from another version of train.py") from None
     if config.model not in MODELS or config.gate not in GATES:
         raise ValueError(f"{path}: there is no model {config.model} with gate {config.gate} in tsa.py")
@@ -340,7 +340,7 @@ def load_checkpoint(path, **changes):
 
 
 def multiply_adds(model, ran, T=None):
-    """Multiply-adds per token in a pass over T tokens (default: block_size). A fraction ran[l] of them run block l."""
+    """Multiply-adds per token in a pass over T tokens (default: block_size), of which a fraction ran[l] run block l."""
     def size(*modules):         # of their matrices: one multiply-add per weight and token (vectors do not count)
         return sum(weight.numel() for module in modules for weight in module.parameters() if weight.dim() == 2)
 
@@ -355,7 +355,7 @@ def multiply_adds(model, ran, T=None):
 
 
 def saving(model, ran, T=None):
-    """The fraction saved of the multiply-adds of a plain model with as many layers (negative if routers cost more)."""
+    """The fraction saved of those of a plain model with as many layers (negative if routers cost more)."""
     with torch.device("meta"):      # allocates no memory
         plain = Transformer(model.config)
     return 1 - multiply_adds(model, ran, T) / multiply_adds(plain, [1] * len(ran), T)
@@ -377,7 +377,7 @@ class Cache:
 @torch.inference_mode()
 def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, sparse=True):
     """
-    Continue idx (B, T). For each step, yield the new tokens (B, 1) and the gates (L, B) of those that predicted them.
+    Continue idx (B, T). At each step, yield the new tokens (B, 1) and the gates (L, B) of those that predicted them.
     When the text outgrows the context, generation restarts from its last block_size // 2 tokens, at position 0.
     """
     block_size, caches = model.config.block_size, None

@@ -6,8 +6,8 @@ Measure what skipping saves in wall-clock time:
 
 Plain and sparse models alternate, in float32. Prefill processes whole windows of the validation split; decode continues
 the first half of each, which it processes first. Without a checkpoint, text and weights are random, and SHARES of the
-gates are open. `speedup` is the median over rounds of the ratio to the first plain model, from `low` to `high` its 95%
-interval, and `predicted` the speed-up that the saved multiply-adds alone would give.
+gates are open. `speedup`, over the first plain model, is the median over rounds, `low` and `high` bound its 95%
+interval, and `predicted` is the speed-up that the saved multiply-adds alone would give.
 """
 import argparse
 import csv
@@ -35,7 +35,7 @@ def random_gates(share):
 
 
 def gates_of(model, work, idx):
-    """Prefill or decode windows idx (B, T). Return the gates of the tokens that it ran, (L, B, n)."""
+    """Prefill or decode windows idx (B, T). Return the gates of these tokens, (L, B, n)."""
     if work == "prefill":
         return model(idx, sparse=True)[1]
     half = idx.size(1) // 2
@@ -59,7 +59,7 @@ def clock(models, text, work, B, seconds, device):
     shares = [(call() != 0).double().mean((1, 2)).tolist() for call in calls]           # also the warm-up
     products = [multiply_adds(model, ran, T) for model, ran in zip(models.values(), shares)]
     rounds, end = [], time.perf_counter() + seconds
-    while len(rounds) < 3 or time.perf_counter() < end:
+    while len(rounds) < 6 or time.perf_counter() < end:
         rounds.append([seconds_of(call, device) for call in calls])
     rows, (baseline, *_) = [], zip(*rounds)
     for name, ran, times, product in zip(models, shares, zip(*rounds), products):
@@ -75,7 +75,7 @@ def clock(models, text, work, B, seconds, device):
 def main(argv=None):
     parser = argparse.ArgumentParser()
     add = parser.add_argument
-    add("ckpts", type=Path, nargs="*", help="time these models, all of one size (default: random weights and gates)")
+    add("ckpts", type=Path, nargs="*", help="checkpoints to time, all of one size (default: random weights and gates)")
     add("--layers", type=int, nargs="+", required=True, help="layers of the plain models; the first is the baseline")
     add("--n_embd", type=int, default=256, help="width of the random weights (default: 256, the paper's)")
     add("--works", choices=WORKS, nargs="+", default=WORKS, help="what to time, with the batch size (default: all)")

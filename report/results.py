@@ -96,10 +96,13 @@ def depth_scores(model, vocab, idx, losses):
 def score(folder, about):
     """
     Return a run's rows, on validation and test data. On validation data, a run of `skip` also makes a row of the
-    paper's gate (same weights), and one of early exit makes a row for each of CONFIDENCES.
+    paper's gate (same weights), and one of early exit makes a row for each of CONFIDENCES. Raise OSError or ValueError
+    if the run is unusable or unfinished.
     """
     saved = load_checkpoint(folder / "ckpt.pt")[1]
     flags, rows = saved["flags"], []
+    if not (folder / "result.json").exists():
+        raise ValueError(f"{folder} is unfinished: continue it with train.py --resume")
     run = folder.name.partition("-seed=")[0]
     variants = {run: {}}
     if saved["config"]["model"] == "exit":
@@ -135,7 +138,7 @@ def read_csv():
 
 
 def group(rows):
-    """Rows -> lists that differ only in the seed, by (run, split), without seed 0 if there are more than three."""
+    """Rows -> lists of rows that differ only in the seed, by (run, split), without seed 0 if more than three."""
     groups = {}
     for row in rows:
         groups.setdefault((row["run"], row["split"]), []).append(row)
@@ -149,17 +152,16 @@ def interval(values):
 
 
 def plain_points(row, others):
-    """Sorted (cost, loss) of plain models of a row's family, split, seed and width. [] without one of all layers."""
+    """Sorted (cost, loss) of plain models of a row's family, split, seed and sizes. [] if none has all layers."""
     points = sorted((other["cost"], other["val_loss"]) for other in others if other["model"] == "plain"
-                    and all(other[key] == row[key] for key in ("family", "split", "seed", "n_embd")))
+                    and all(other[key] == row[key] for key in ("family", "split", "seed", *SIZES[1:])))
     points = [point for point in points if point[0] <= 1]       # a deeper model is no baseline
     return points if points and points[-1][0] == 1 else []
 
 
 def above_full(rows, others, loss="val_loss_sparse"):
     """Losses relative to the plain model of the same seed with all layers: 0.01 is 1% above it."""
-    points = [(row, plain_points(row, others)) for row in rows]
-    return [row[loss] / found[-1][1] - 1 for row, found in points if found]
+    return [row[loss] / points[-1][1] - 1 for row in rows if (points := plain_points(row, others))]
 
 
 def against_plain(rows, others):
@@ -169,10 +171,18 @@ def against_plain(rows, others):
             if found and found[0][0] <= row["cost"] <= 1]
 
 
+def shown(values, form, n=0):
+    """The mean of the values with its 95% interval, and their number if they are fewer than n."""
+    if not values:
+        return ""
+    spread = f" ± {interval(values):{form.lstrip('+')}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{form}}{spread}" + f" ({len(values)})" * (len(values) < n)
+
+
 def table(rows):
     """
     Rows -> lines of cells: run, split, number of seeds, means of SCORES and FIFTHS, the full and the sparse loss
-    above_full (on text), and the sparse loss against_plain. ± is the 95% interval of a mean.
+    above_full (on text), and the sparse loss against_plain. A cell of fewer seeds says of how many.
     """
     lines, harder = [], group([row for row in rows if row.get("correlation", "") != ""])
     for key, found in sorted(group(rows).items()):
@@ -180,30 +190,29 @@ def table(rows):
         for column, form in SCORES.items():
             chosen = harder.get(key, []) if column.startswith("correlation") else found
             values = [row[column] for row in chosen if row.get(column, "") != ""]
-            spread = f" ± {interval(values):{form}}" if len(values) > 1 else ""
-            lines[-1].append(f"{statistics.mean(values):{form}}{spread}" if values else "")
+            lines[-1].append(shown(values, form, len(chosen)))
         for column in FIFTHS:
             values = [row[column] for row in harder.get(key, [])]
             lines[-1].append(", ".join(f"{statistics.mean(fifth):.2f}" for fifth in zip(*values)))
         above = [[], []]                # no percentages for chains, because the loss is near 0
         if found[0]["family"] != "chain":
             above = [above_full(found, rows, loss) for loss in ("val_loss", "val_loss_sparse")]
-        for values, form in ((above[0], ".2%"), (above[1], ".2%"), (against_plain(found, rows), ".4f")):
-            spread = f" ± {interval(values):{form}}" if len(values) > 1 else ""
-            lines[-1].append(f"{statistics.mean(values):+{form}}{spread}" if values else "")
+        lines[-1] += [shown(values, "+.2%", len(found)) for values in above]
+        lines[-1].append(shown(against_plain(found, rows), "+.4f", len(found)))
     return lines
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser()
-    parser.add_argument("folders", type=Path, nargs="*", help="folders of finished runs, whose rows are added")
+    parser.add_argument("folders", type=Path, nargs="*", help="folders of finished runs to score")
     parser.add_argument("--about", nargs="*", default=[], help="other columns of the new rows, as NAME=VALUE")
     args = parser.parse_args(argv)
-    rows, about = read_csv(), dict(pair.split("=", 1) for pair in args.about)
+    about = dict(pair.split("=", 1) for pair in args.about)
     try:
         new = [row for folder in args.folders for row in score(folder, about)]
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    rows = read_csv()       # now, because scoring takes minutes
     if new:             # a row of an earlier run with the same name and seed is replaced
         rows = list({(row["run"], row["split"], row["seed"]): row for row in rows + new}.values())
         with open(CSV, "w", newline="", encoding="utf-8") as file:

@@ -1,12 +1,12 @@
 """
-Find the best lambda of a gate design on the puzzle, and print its row of the leaderboard:
+Find the best lambda of a gate design on the puzzle and print its row of the leaderboard:
 
     python -m report.sweep --gate half          about 25 minutes on one CPU core; further flags are those of train.py
 
 All designs follow one rule. With seed 0, lambda grows about threefold (at most seven times) until the sparse loss
 exceeds the limit. Of the earlier lambdas, the one with the fewest blocks per position makes the row if the mean loss of
 five new seeds is within the limit, too; otherwise, the one with the next fewest is tried. Plain models and early exit
-have no lambda: they are trained with the five seeds. The same command continues a sweep that was stopped, and reuses
+have no lambda: they are trained with the five seeds. The same command continues a sweep that was stopped and reuses
 finished runs unless tsa.py, train.py or data.py has changed.
 """
 import json
@@ -30,7 +30,8 @@ FOLDER = Path(f"out/sweep-{zlib.crc32(CODE):08x}")
 def run(flags, seed):
     """Train a run, unless it is finished. Return its flags and scores; the loss of one that diverged is nan."""
     flags = ["--preset=chain", *flags, f"--seed={seed}"]
-    folder = FOLDER / re.sub(r"[^\w.=]+", "-", " ".join(flags)).strip("-")
+    name = re.sub(" (?!--)", "=", " ".join(flags))          # as in preset=chain-gate=half-lam=0.01-seed=0
+    folder = FOLDER / re.sub(r"[^\w.=]+", "-", name).strip("-")
     if not (folder / "result.json").exists():
         resumes = (folder / "ckpt.pt").exists()
         FOLDER.mkdir(parents=True, exist_ok=True)
