@@ -348,7 +348,7 @@ def multiply_adds(model, ran, T=None):
     heads = sum(ran[1:]) if isinstance(model, Exit) else 1      # early exit predicts after each block but the first
     total = heads * head + size(*getattr(model, "routers", []))
     for share, block in zip(ran, model.blocks):
-        # All tokens: keys, values, and attention to T / 2 keys on average (C for the score, C for the value)
+        # Charged to all tokens: keys, values, and attention to T / 2 keys on average (C for the score, C for the value)
         key_value = size(block.attn.key_value)
         total += key_value + T * model.config.n_embd + share * (size(block) - key_value)
     return total

@@ -60,10 +60,14 @@ CLAIMS = [
     Claim("the same on enwik8 (its first 4 MB)", "plain", 0.005, 0.14, [
         Row("`soft` (full pass), small", "preset=laptop-gate=soft-data=enwik8-lam=0.001", gates=True, short=True),
         Row("`soft` (rounded), small", "preset=laptop-gate=soft-data=enwik8-lam=0.001"),
-        Row("`skip`, small", "preset=laptop-gate=skip-data=enwik8-lam=0.001")]),
+        Row("`skip`, small", "preset=laptop-gate=skip-data=enwik8-lam=0.001"),
+        Row("`stretch`, small", "preset=laptop-gate=stretch-data=enwik8-lam=0.001"),
+        Row("5 plain layers, small", "preset=laptop-model=plain-data=enwik8-n_layer=5")]),
     Claim("saves 20% even if lambda is 0", "plain", 0.005, 0.2, [
         Row("`soft` (full pass), small", "preset=laptop-gate=soft-data=shakespeare-lam=0", gates=True, short=True),
-        Row("`skip`, small", "preset=laptop-gate=skip-data=shakespeare-lam=0")]),
+        Row("`skip`, small", "preset=laptop-gate=skip-data=shakespeare-lam=0"),
+        Row("`soft` (full pass), enwik8", "preset=laptop-gate=soft-data=enwik8-lam=0", gates=True),
+        Row("`skip`, enwik8", "preset=laptop-gate=skip-data=enwik8-lam=0")]),
     Claim("a loss 0.7% below early exit's at equal savings", "exit", -0.007, 0, [
         Row("`soft` (full pass), small", "preset=laptop-gate=soft-data=shakespeare-lam=0.001", gates=True, short=True),
         Row("`soft` (full pass), paper's size", "preset=paper-gate=soft-data=shakespeare-lam=0.001", gates=True,
@@ -72,12 +76,14 @@ CLAIMS = [
         Row("`soft` (rounded), small", "preset=laptop-gate=soft-data=shakespeare-lam=0.001"),
         Row("`stretch --lam 0.03`, small", "preset=laptop-gate=stretch-data=shakespeare-lam=0.03", short=True),
         Row("`stretch`, Python", "preset=deep-gate=stretch-lam=0.001"),
+        Row("`soft` (full pass), enwik8", "preset=laptop-gate=soft-data=enwik8-lam=0.001", gates=True),
         Row("4 plain layers, small", "preset=laptop-model=plain-data=shakespeare-n_layer=4", short=True)]),
 ]
 HARDER = [
     Row("`skip`, Python", "preset=deep-gate=skip-lam=0.001", short=True),
     Row("`skip`, small", "preset=laptop-gate=skip-data=shakespeare-lam=0.001", short=True),
-    Row("`stretch --lam 0.03`, small", "preset=laptop-gate=stretch-data=shakespeare-lam=0.03")]
+    Row("`stretch --lam 0.03`, small", "preset=laptop-gate=stretch-data=shakespeare-lam=0.03"),
+    Row("`skip`, enwik8", "preset=laptop-gate=skip-data=enwik8-lam=0.001")]
 FASTER = [
     Row("`stretch`, Python, 64 texts at once", (128, "prefill", 64, "stretch"), short=True),
     Row("`skip`, Python, 64 texts at once", (128, "prefill", 64, "skip")),

@@ -22,7 +22,7 @@ import train
 from tsa import MODELS, Config, load_checkpoint, multiply_adds, token_loss
 
 CSV = Path(__file__).resolve().parent / "results.csv"
-CONFIDENCES = (0.4, 0.5, 0.6, 0.75, 0.8, 0.9, 0.95)     # early exit: each makes a row
+CONFIDENCES = (0.3, 0.4, 0.5, 0.6, 0.75, 0.8, 0.9, 0.95)     # early exit: each makes a row
 SIZES = ("n_layer", "n_embd", "block_size", "vocab_size")
 SCORES = dict(tlops_saved=".1%", val_loss=".4f", val_loss_sparse=".4f", blocks=".2f", cost=".1%", exact=".0%",
               correlation=".2f", correlation_nonblank=".2f")
