@@ -66,7 +66,7 @@ CLAIMS = [
     Claim("saves 20% even if lambda is 0", "plain", 0.005, 0.2, [
         Row("`soft` (full pass), small", "preset=laptop-gate=soft-data=shakespeare-lam=0", gates=True, short=True),
         Row("`skip`, small", "preset=laptop-gate=skip-data=shakespeare-lam=0"),
-        Row("`soft` (full pass), enwik8", "preset=laptop-gate=soft-data=enwik8-lam=0", gates=True, short=True),
+        Row("`soft` (full pass), enwik8", "preset=laptop-gate=soft-data=enwik8-lam=0", gates=True),
         Row("`skip`, enwik8", "preset=laptop-gate=skip-data=enwik8-lam=0")]),
     Claim("a loss 0.7% below early exit's at equal savings", "exit", -0.007, 0, [
         Row("`soft` (full pass), small", "preset=laptop-gate=soft-data=shakespeare-lam=0.001", gates=True, short=True),
