@@ -461,7 +461,8 @@ def test_an_interrupted_run_resumes_to_the_bit(monkeypatch):
         patch.setattr(torch, "save", save_or_stop)
         fit(flags)
     monkeypatch.setattr(train, "supports_bfloat16", lambda device: True)        # as on another machine
-    train.main("--resume run --device cpu".split())
+    monkeypatch.setattr(train, "DEVICE", "cuda")
+    train.main("--resume run".split())
     os.rename("run", "resumed")
     whole, resumed = fit(flags), load_checkpoint("resumed")[1]
     assert_close([resumed["model"], resumed["optimizer"]], [whole["model"], whole["optimizer"]], rtol=0, atol=0)

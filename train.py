@@ -202,9 +202,8 @@ def schedule(step, warmup_iters, max_iters):
     return min(step / max(warmup_iters, 1), 1) * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def fit(model, args, corpus, saved):
-    """Train the model and save checkpoints and the result. `saved` is the checkpoint to resume, or None."""
-    idx, targets = corpus.windows("val", args.block_size)               # (n, T) each
+def fit(model, args, corpus, idx, targets, saved):
+    """Train, evaluate on idx, targets (n, T), and save the run. `saved` is the checkpoint to resume, or None."""
     optimizer, first = make_optimizer(model), saved["step"] if saved else 0
     if saved:
         optimizer.load_state_dict(saved["optimizer"])
@@ -272,7 +271,7 @@ def main(argv=None):
         if args.data == "auto":
             args.data = data.shakespeare_or_stdlib()
         corpus = data.load(args.data)
-        idx, targets = corpus.windows("val", args.block_size)
+        idx, targets = corpus.windows("val", args.block_size)           # (n, T) each
         changed = saved and saved["checksum"] != corpus.checksum()
         if changed and (args.resume or saved["vocab"] != corpus.vocab):
             raise ValueError(f"--data {args.data} is not the text that this model was trained on")
@@ -290,7 +289,7 @@ def main(argv=None):
         return
     args.out_dir = args.resume or args.out_dir
     try:
-        fit(model, args, corpus, saved)
+        fit(model, args, corpus, idx, targets, saved)
     except KeyboardInterrupt:
         has_run = args.out_dir and (args.out_dir / "ckpt.pt").exists()
         sys.exit(f"\ninterrupted. To continue: python train.py --resume {args.out_dir}" if has_run else "\ninterrupted")

@@ -17,8 +17,7 @@ Nothing is sampled. A model with gates runs in two ways:
     model(idx)                  full: every block is computed for every token and scaled by its gate, as in training
     model(idx, sparse=True)     sparse: a token whose gate is 0 skips the block and keeps its x
 
-Gates of equation (4) are practically never 0, so a design may set some of them to 0 in a sparse pass. A skip saves only
-about 80% of a block, because keys, values and attention scores are computed for all tokens.
+Gates of equation (4) are practically never 0, so a design may set some of them to 0 in a sparse pass.
 Shapes: B sequences of T tokens, C = n_embd channels, nh heads of size hs = C / nh, V characters, L blocks. In a sparse
 pass, N of the B * T tokens run a block. S tokens per sequence have keys and values: T, or more with a cache.
 """
@@ -313,7 +312,7 @@ MODELS = {"plain": Transformer, "tsa": TSA, "exit": Exit}
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Checkpoints, what skipping saves, and generation. Skip this on a first reading.
+# Checkpoints, what skipping saves, and generation.
 
 def load_checkpoint(path, **changes):
     """
