@@ -423,7 +423,7 @@ def test_score_prints_what_runs_and_what_the_paper_counts(capsys, monkeypatch):
     sparse = f"sparse loss {F.cross_entropy(sparse_logits.mT, targets):.4f}  open  {train.spaced(ran)}"
     sparse += f"  {saving(model, ran, 11):.1%} fewer multiply-adds, 12.3x as fast"
     train.score(model, idx, targets, timed=True)
-    assert capsys.readouterr().out.splitlines() == ["validation, 100 windows", full, sparse]
+    assert capsys.readouterr().out.splitlines() == ["evaluation on 100 windows", full, sparse]
     assert len(full) <= 96 and len(sparse) <= 97
 
 
@@ -469,12 +469,28 @@ def test_an_interrupted_run_resumes_to_the_bit(monkeypatch):
     assert Path("resumed/result.json").read_text() == Path("run/result.json").read_text()
 
 
+def test_a_run_whose_device_is_missing_says_so():
+    """As when a run was started on a machine with a GPU. With --device=cpu, it can be resumed here."""
+    os.mkdir("run")
+    save(tiny(), "run/ckpt.pt", optimizer={}, flags={"device": "nosuch"})
+    with pytest.raises(SystemExit, match="cannot use the device nosuch"):
+        train.main(["--resume", "run"])
+
+
+@pytest.mark.parametrize("shape, words", [((1, 16), "gate of shape"), ((1, 17), "17 tokens"), ((1, 0), "0 tokens")])
+def test_assertion_says_which_shape_is_wrong(shape, words, monkeypatch):
+    """An author of a gate easily forgets a squeeze, and a caller the length of the context."""
+    monkeypatch.setattr(GATES["skip"], "gate", lambda self, scale: scale.unsqueeze(-1))
+    with pytest.raises(AssertionError, match=words):
+        tiny(gate="skip")(tokens(*shape))
+
+
 def test_a_gate_that_raises_in_training_leaves_no_folder(monkeypatch):
     """A folder with untrained weights would be the newest run, and block the same command."""
     gate = {"gate": lambda self, scale: self.nosuch if self.training else scale}
     monkeypatch.setitem(GATES, "raises", type("Raises", (Router,), gate))
     with pytest.raises(AttributeError):
-        fit("--gate raises")
+        train.main(f"{SMALL} --gate raises".split())
     assert os.listdir() == ["t.txt"]
 
 
@@ -535,10 +551,12 @@ def mistakes():
 
 @pytest.mark.parametrize("program, flags, words", [
     (train, "--dropout 1.5", "not a number from 0 to 1"), (train, "--n_embd 16 --n_head 3", "not divisible"),
-    (train, "--n_layer 1", "needs --n_layer 2"), (train, "--out_dir run", "to continue it: --resume run"),
+    (train, "--n_layer 1", "needs --n_layer 2"), (train, "--out_dir run", "continue it with --resume run"),
     (train, "--resume run/ckpt.pt", "the folder of a run"), (train, "--resume run --lam 1", "--lam cannot be combined"),
     (train, "--score run --lam 1", "--lam cannot be combined"), (train, "--resume run", "not the text"),
-    (train, "--out_dir t.txt", "is a file"), (train, "--data nosuch", "No such file"),
+    (train, "--out_dir t.txt", "File exists"), (train, "--out_dir t.txt/run", "Not a directory"),
+    (train, "--device nosuch", "invalid usable_device value"), (sample, "run --device nosuch", "usable_device value"),
+    (train, "--gate_bias nan", "not a number"), (train, "--data nosuch", "No such file"),
     (train, "--data latin1.txt", "decode"),
     (train, "--data t.txt --block_size 9999", "be at most 1358"), (train, "--data chain", "--block_size must be 30"),
     (sample, "flipped.pt", "flipped.pt is damaged"), (sample, "bomb.pt", "bomb.pt is damaged"),
@@ -593,9 +611,9 @@ def test_sample_obeys_its_flags(capsys):
     """Each is compared with the same command without it."""
     save(tiny(**DESIGNS["skip"]).float())
     printed = {}
-    for flags in ("", "--seed=8", "--gate=soft", "--top_k=1", "--temperature=0", "--map --prompt=abcdefgh"):
+    for flags in ("", "--seed=8", "--seed=0", "--gate=soft", "--top_k=1", "--temperature=0", "--map --prompt=abcdefgh"):
         sample.main(["x.pt", "--device=cpu", "--max_new_tokens=50", *flags.split()])
         printed[flags] = capsys.readouterr()
-    assert printed[""].out != printed["--seed=8"].out and "full: all" in printed["--gate=soft"].err
+    assert printed["--seed=8"] != printed[""] == printed["--seed=0"] and "full: all" in printed["--gate=soft"].err
     assert printed["--top_k=1"].out == printed["--temperature=0"].out != printed[""].out
     assert printed["--map --prompt=abcdefgh"].out.startswith("block 3")

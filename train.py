@@ -4,7 +4,7 @@ Train and evaluate a model:
     python train.py                                             a small model with gates, trained like the paper's
     python train.py --model plain                               the same without gates
     python train.py --resume out/tsa-1                          continue an interrupted run
-    python train.py --score out/tsa-1 --gate skip               evaluate a model with another gate
+    python train.py --score out/tsa-1 --gate soft               evaluate a model with another gate
     python train.py --preset chain --gate straight --halt --lam 0.03        a puzzle, in two minutes
 
 --help lists all flags. Each step's random numbers depend only on (seed, step), so all designs are trained on the same
@@ -51,6 +51,15 @@ def bounded(kind, low, high=math.inf):
     return number
 
 
+def usable_device(name):
+    """A type for argparse: a device that PyTorch can use here."""
+    try:
+        torch.empty(0, device=name)
+    except (AssertionError, RuntimeError):
+        raise ValueError(f"PyTorch cannot use the device {name} here") from None
+    return name
+
+
 def parse_flags(argv):
     """Return the flags, and the model and the checkpoint to resume or to score (or None, None)."""
     parser, defaults = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False), {}
@@ -64,7 +73,7 @@ def parse_flags(argv):
     add("preset", "laptop", "replaces some defaults of the other flags", choices=PRESETS)
     add("model", Config.model, "the plain transformer, the paper's model, or early exit", choices=MODELS)
     add("gate", Config.gate, "tsa: gate design, from GATES in tsa.py", choices=GATES)
-    add("gate_bias", Config.gate_bias, "tsa: initial b2 of equation (3); larger makes smaller gates", type=float)
+    add("gate_bias", Config.gate_bias, "tsa: initial b2 (larger makes smaller gates)", type=bounded(float, -math.inf))
     add("halt", False, "tsa: multiply each gate by the one before", action=argparse.BooleanOptionalAction)
     add("lam", 0.001, "tsa: weight of the depth loss (the mean gate)", type=bounded(float, 0))
     add("lam_ramp", 0.0, "tsa: fraction of training over which lam rises", **fraction)
@@ -81,7 +90,7 @@ def parse_flags(argv):
     add("warmup_iters", 100, "steps of linear warm-up", type=bounded(int, 0))
     add("eval_interval", 200, "steps between evaluations and checkpoints", **positive)
     add("seed", 0, "random seed", type=bounded(int, 0))
-    add("device", DEVICE, "cpu, cuda, mps ...")
+    add("device", DEVICE, "cpu, cuda, mps ...", type=usable_device)
     add("dtype", None, "precision of training (default: bfloat16 where it is fast)", choices=("float32", "bfloat16"))
     add("compile", False, "compile the loss with torch.compile", action="store_true")
     add("out_dir", None, "folder of the new run (default: out/MODEL-1, -2, ...)", type=Path)
@@ -100,9 +109,10 @@ def parse_flags(argv):
     if "resume" in typed and not (typed["resume"].is_dir() and "optimizer" in saved):
         parser.error("--resume needs the folder of a run; any checkpoint can be evaluated with --score")
     args = argparse.Namespace(**defaults | base | typed)       # later ones replace earlier ones
+    usable_device(args.device)          # a resumed run names its own
     args.dtype = args.dtype or ("bfloat16" if supports_bfloat16(args.device) else "float32")
-    if args.out_dir and (args.out_dir.is_file() or (args.out_dir / "ckpt.pt").exists()):
-        parser.error(f"--out_dir {args.out_dir} is a file or contains a run (to continue it: --resume {args.out_dir})")
+    if args.out_dir and (args.out_dir / "ckpt.pt").exists():
+        parser.error(f"--out_dir {args.out_dir} contains a run; continue it with --resume {args.out_dir}")
     if args.n_embd % args.n_head:
         parser.error(f"--n_embd {args.n_embd} is not divisible by --n_head {args.n_head}")
     if args.n_layer == 1 and args.model != "plain":
@@ -116,15 +126,14 @@ def supports_bfloat16(device):
     return device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)    # despite its name, for the CPU's unfused kernel below
-
-
 @contextlib.contextmanager
 def precision(device, dtype):
     """The context of a training step. On a CPU in bfloat16, the unfused attention kernel is faster."""
-    device = torch.device(device).type
-    unfused = sdpa_kernel(SDPBackend.MATH) if (device, dtype) == ("cpu", "bfloat16") else contextlib.nullcontext()
-    with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"), unfused:
+    device, attention = torch.device(device).type, contextlib.nullcontext()
+    if (device, dtype) == ("cpu", "bfloat16"):
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)    # despite its name, for the CPU, too
+        attention = sdpa_kernel(SDPBackend.MATH)
+    with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"), attention:
         yield
 
 
@@ -145,9 +154,10 @@ def evaluate(model, idx, targets, sparse):
 def speedup(model, idx):
     """The speed of a sparse pass relative to that of the plain model with the same blocks, on windows (n, T)."""
     x, ratios = idx[:64].to(model.wte.weight.device), []
+    plain, sparse = partial(Transformer.forward, model), partial(model, sparse=True)
     for _ in range(16):         # the two take turns, because speeds drift
         seconds = []
-        for run in (partial(Transformer.forward, model), partial(model, sparse=True)):      # without gates, sparse
+        for run in (plain, sparse):
             began = time.perf_counter()
             run(x)[0][-1, -1, -1].item()        # waits for the device
             seconds.append(time.perf_counter() - began)
@@ -162,7 +172,7 @@ def spaced(numbers):
 def score(model, idx, targets, timed=False):
     """Evaluate windows idx, targets (n, T). Print and return the scores. If timed, also print the speed-up."""
     model.eval()
-    print(f"validation, {len(idx):,} windows", flush=True)
+    print(f"evaluation on {len(idx):,} windows", flush=True)
     val_loss, gates, ran = evaluate(model, idx, targets, sparse=False)
     kind, val_loss_sparse = model.config.model, val_loss
     if kind != "plain":         # all passes of a plain model are the same
@@ -247,7 +257,6 @@ def fit(model, args, corpus, idx, targets, saved):
                 raise FloatingPointError("the loss is not finite: start again with a lower --learning_rate")
             run.update(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
             args.out_dir = args.out_dir or new_folder(args.model)
-            args.out_dir.mkdir(parents=True, exist_ok=True)
             unfinished = args.out_dir / f"ckpt-{os.getpid()}.tmp"
             torch.save(run, unfinished)
             unfinished.replace(args.out_dir / "ckpt.pt")        # so ckpt.pt is always complete
@@ -275,6 +284,8 @@ def main(argv=None):
         changed = saved and saved["checksum"] != corpus.checksum()
         if changed and (args.resume or saved["vocab"] != corpus.vocab):
             raise ValueError(f"--data {args.data} is not the text that this model was trained on")
+        if args.out_dir:
+            args.out_dir.mkdir(parents=True, exist_ok=True)         # now, to notice a mistake before training
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     if not saved:

@@ -36,7 +36,7 @@ class Config:
     model: str = "tsa"          # a name in MODELS
     gate: str = "skip"          # tsa: a name in GATES
     gate_bias: float = -1.0     # tsa: initial b2 of equation (3): -1 makes gates near 0.73, a larger bias smaller ones
-    halt: bool = False          # tsa: multiply each gate by those before it, so that it stays 0 once it is 0
+    halt: bool = False          # tsa: multiply each gate by the one before, so that it stays 0 once it is 0
     confidence: float = 0.9     # exit: exit once the largest probability exceeds this
     vocab_size: int = 65
     block_size: int = 64        # maximum sequence length
@@ -127,7 +127,7 @@ class Attention(nn.Module):
         B, T, C = h.shape
         q = self.query(h if rows is None else h[rows])
         if rows is not None:    # is_causal needs T queries, so scores are computed for all tokens (a few percent)
-            q = q.new_zeros(B, T, C).index_put(rows, q)
+            q = q.new_zeros(B, T, C).index_put_(rows, q)
         k, v = kv.chunk(2, dim=-1)                                      # (B, S, C) each
         assert T in (1, k.size(1)), "once the cache has tokens, pass one at a time"      # is_causal assumes S = T
         q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in (q, k, v))  # (B, nh, T or S, hs)
@@ -168,7 +168,7 @@ class Block(nn.Module):
         """
         h = self.ln1(x)
         kv = self.attn.key_value(h)     # of all tokens: those that run the block attend to those that skip it
-        if cache is not None:
+        if cache:
             kv = cache.append(kv)       # with those of earlier tokens, (B, S, 2C)
         if gate is None:
             x = x + self.attn(h, kv)
@@ -284,16 +284,16 @@ class Exit(Transformer):
         caches = caches or [None] * len(self.blocks)
         first, *others = self.blocks
         x = first(self.embed(idx, caches[0]), cache=caches[0])          # (B, T, C)
-        gate = torch.ones(idx.shape, device=idx.device)         # 1 until the token exits
-        gates, logits = [gate], torch.zeros(*idx.shape, self.config.vocab_size, device=idx.device)
+        running = torch.ones(idx.shape, device=idx.device)      # 1 until the token exits
+        gates, logits = [running], torch.zeros(*idx.shape, self.config.vocab_size, device=idx.device)
         for block, norm, cache in zip(others, self.norms()[1:], caches[1:]):
-            x = block(x, gate, sparse, cache)
-            gates.append(gate)
-            rows = gate.nonzero(as_tuple=True)                                  # the N tokens that ran the block
+            x = block(x, running, sparse, cache)
+            gates.append(running)
+            rows = running.nonzero(as_tuple=True)                               # the N tokens that ran the block
             prediction = self.head(norm(x[rows]))                       # (N, V)
             logits = logits.index_put(rows, prediction)
             unsure = prediction.softmax(-1).amax(-1) <= self.config.confidence
-            gate = gate.index_put(rows, unsure.float())
+            running = running.index_put(rows, unsure.float())
         return logits, torch.stack(gates)
 
     def norms(self):

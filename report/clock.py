@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 import data
+from train import DEVICE, usable_device
 from tsa import GATES, MODELS, Config, Router, generate, load_checkpoint, multiply_adds
 
 WORKS = ("prefill 64", "prefill 8", "prefill 1", "decode 8", "decode 1")        # and the batch size
@@ -79,7 +80,7 @@ def main(argv=None):
     add("--layers", type=int, nargs="+", required=True, help="layers of the plain models; the first is the baseline")
     add("--n_embd", type=int, default=256, help="width of the random weights (default: 256, the paper's)")
     add("--works", choices=WORKS, nargs="+", default=WORKS, help="what to time, with the batch size (default: all)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", default=DEVICE, type=usable_device)
     add("--seconds", type=float, default=20, help="seconds per measurement (default: 20)")
     add("--csv", type=Path, required=True, help="append the rows to this file")
     args = parser.parse_args(argv)
@@ -91,7 +92,10 @@ def main(argv=None):
             model, saved = load_checkpoint(path)
             config, corpus = model.config, saved["flags"]["data"]
             name = "exit" if config.model == "exit" else config.gate + " --halt" * config.halt
-            own[name + f", {config.n_layer} layers" * (config.n_layer != args.layers[0])] = model
+            name += f", {config.n_layer} layers" * (config.n_layer != args.layers[0])
+            if name in own:
+                parser.error(f"two checkpoints of {name}")
+            own[name] = model
             text = data.load(corpus).windows("val", config.block_size)[0]
     except (OSError, ValueError) as error:
         parser.error(str(error))
