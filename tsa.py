@@ -52,7 +52,7 @@ class Config:
 class Router(nn.Module):
     """
     Computes the gate of the next block from the state after this one. A design is a subclass that overrides `gate`,
-    `scale` or `sparse_gate`, and may have parameters of its own (a mere comparison gives them no gradient). It must
+    `scale` or `sparse_gate`, and may have parameters of its own (`>=` alone gives them no gradient). It must
     compute a token's gate from its x and gates only: when the model generates text, x holds only the newest token.
     """
 
@@ -76,7 +76,7 @@ class Router(nn.Module):
         return 1 - torch.sigmoid(self.out(F.relu(self.fc(x))).squeeze(-1).float())
 
     def gate(self, scale):
-        """Equation (4): the scale itself. Evaluation calls this, too, so add noise only `if self.training`."""
+        """Equation (4): 1 - p itself. Evaluation calls this, too, so add noise only `if self.training`."""
         return scale
 
     def sparse_gate(self, gate):
@@ -126,7 +126,7 @@ class Attention(nn.Module):
         """h (B, T, C), keys and values kv (B, S, 2C) -> (B, T, C), or (N, C) for the N tokens of `rows` (see Block)."""
         B, T, C = h.shape
         q = self.query(h if rows is None else h[rows])
-        if rows is not None:    # is_causal needs T queries, so scores are computed for all tokens (a few percent)
+        if rows is not None:    # is_causal needs T queries, so all tokens attend (4% of a small block)
             q = q.new_zeros(B, T, C).index_put_(rows, q)
         k, v = kv.chunk(2, dim=-1)                                      # (B, S, C) each
         assert T in (1, k.size(1)), "once the cache has tokens, pass one at a time"      # is_causal assumes S = T
@@ -205,7 +205,7 @@ class Transformer(nn.Module):
                 nn.init.normal_(linear.weight, std=0.02 / (2 * config.n_layer) ** 0.5)
 
     def embed(self, idx, cache=None):
-        """idx (B, T) -> x (B, T, C), at the positions after those in the cache (of any block)."""
+        """idx (B, T) -> x (B, T, C), at the positions after those in the cache."""
         start = cache.length if cache else 0
         end = start + idx.size(1)
         assert 0 < end <= self.config.block_size, f"{end} tokens, but the context has 1 to {self.config.block_size}"
@@ -252,7 +252,7 @@ class TSA(Transformer):
     def forward(self, idx, sparse=False, caches=None):
         caches = caches or [None] * len(self.blocks)
         first, *others = self.blocks
-        # Block 0 has no gate, because before it has run, x says nothing about the context.
+        # Block 0 has no router, because before it has run, x says nothing about the context.
         x = first(self.embed(idx, caches[0]), cache=caches[0])          # (B, T, C)
         gates = [torch.ones(idx.shape, device=idx.device)]
         used = gates[:]         # routers see `gates`, blocks get `used`
@@ -354,7 +354,7 @@ def multiply_adds(model, ran, T=None):
 
 
 def saving(model, ran, T=None):
-    """The fraction saved of those of a plain model with as many layers (negative if routers cost more)."""
+    """The fraction saved relative to a plain model with as many layers (negative if routers cost more)."""
     with torch.device("meta"):      # allocates no memory
         plain = Transformer(model.config)
     return 1 - multiply_adds(model, ran, T) / multiply_adds(plain, [1] * len(ran), T)
