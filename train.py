@@ -15,7 +15,6 @@ import contextlib
 import itertools
 import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -257,9 +256,8 @@ def fit(model, args, corpus, idx, targets, saved):
                 raise FloatingPointError("the loss is not finite: start again with a lower --learning_rate")
             run.update(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
             args.out_dir = args.out_dir or new_folder(args.model)
-            unfinished = args.out_dir / f"ckpt-{os.getpid()}.tmp"
-            torch.save(run, unfinished)
-            unfinished.replace(args.out_dir / "ckpt.pt")        # so ckpt.pt is always complete
+            torch.save(run, args.out_dir / "ckpt.tmp")
+            (args.out_dir / "ckpt.tmp").replace(args.out_dir / "ckpt.pt")       # so ckpt.pt is always complete
 
     (args.out_dir / "result.json").write_text(json.dumps(run["config"] | flags | scores, indent=1))
     print(f"to look inside: python sample.py {args.out_dir} (with or without --map)")
