@@ -81,6 +81,7 @@ CLAIMS = [
 ]
 HARDER = [
     Row("`skip`, Python", "preset=deep-gate=skip-lam=0.001", short=True),
+    Row("`stretch`, Python", "preset=deep-gate=stretch-lam=0.001"),
     Row("`skip`, small", "preset=laptop-gate=skip-data=shakespeare-lam=0.001", short=True),
     Row("`stretch --lam 0.03`, small", "preset=laptop-gate=stretch-data=shakespeare-lam=0.03"),
     Row("`skip`, enwik8", "preset=laptop-gate=skip-data=enwik8-lam=0.001")]
