@@ -15,6 +15,7 @@ import contextlib
 import itertools
 import json
 import math
+import os
 import statistics
 import sys
 import time
@@ -40,100 +41,100 @@ PRESETS = {     # replace defaults of the flags below
 }
 
 
-def bounded(kind, low, high=math.inf):
-    """A type for argparse: an int or a float from low to high."""
-    def number(text):
-        value = kind(text)
-        if low <= value <= high and math.isfinite(value):
-            return value
-        raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
-    return number
+def seed_step(seed, step):
+    """Make a step's batch and dropout depend only on (seed, step). Step 0 is the initialization."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
 
 
-def usable_device(name):
-    """A type for argparse: a device that PyTorch can use here."""
-    try:
-        torch.empty(0, device=name)
-    except (AssertionError, RuntimeError):
-        raise ValueError(f"PyTorch cannot use the device {name} here") from None
-    return name
+def make_optimizer(model):
+    """AdamW as in the paper: weight decay on matrices only, not on biases, LayerNorms or embeddings."""
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.dim() > 1 and name not in ("wte.weight", "wpe.weight")
+        (matrices if is_matrix else others).append(parameter)
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
-def parse_flags(argv):
-    """Return the flags, and the model and the checkpoint to resume or to score (or None, None)."""
-    parser, defaults = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False), {}
-
-    def add(name, default, help, **how):
-        defaults[name] = default
-        shown = "" if default is None else f" (default: {default})"
-        parser.add_argument(f"--{name}", help=help + shown, **how)
-
-    positive, fraction = dict(type=bounded(int, 1)), dict(type=bounded(float, 0, 1))
-    add("preset", "laptop", "replaces some defaults of the other flags", choices=PRESETS)
-    add("model", Config.model, "the plain transformer, the paper's model, or early exit", choices=MODELS)
-    add("gate", Config.gate, "tsa: gate design, from GATES in tsa.py", choices=GATES)
-    add("gate_bias", Config.gate_bias, "tsa: initial b2 (larger makes smaller gates)", type=bounded(float, -math.inf))
-    add("halt", False, "tsa: multiply each gate by the one before", action=argparse.BooleanOptionalAction)
-    add("lam", 0.001, "tsa: weight of the depth loss (the mean gate)", type=bounded(float, 0))
-    add("lam_ramp", 0.0, "tsa: fraction of training over which lam rises", **fraction)
-    add("confidence", Config.confidence, "exit: exit above this probability", **fraction)
-    add("data", "auto", "shakespeare, enwik8, stdlib, chain, or a text file; auto: shakespeare or, offline, stdlib")
-    add("n_layer", Config.n_layer, "number of blocks", **positive)
-    add("n_head", Config.n_head, "number of attention heads", **positive)
-    add("n_embd", Config.n_embd, "embedding width", **positive)
-    add("block_size", Config.block_size, "context length in tokens", **positive)
-    add("dropout", Config.dropout, "dropout probability", **fraction)
-    add("batch_size", 32, "sequences per step", **positive)
-    add("max_iters", 2400, "training steps", **positive)
-    add("learning_rate", 1.5e-3, "peak learning rate; cosine decay to 10%%", type=bounded(float, 0))
-    add("warmup_iters", 100, "steps of linear warm-up", type=bounded(int, 0))
-    add("eval_interval", 200, "steps between evaluations and checkpoints", **positive)
-    add("seed", 0, "random seed", type=bounded(int, 0))
-    add("device", DEVICE, "cpu, cuda, mps ...", type=usable_device)
-    add("dtype", None, "precision of training (default: bfloat16 where it is fast)", choices=("float32", "bfloat16"))
-    add("compile", False, "compile the loss with torch.compile", action="store_true")
-    add("out_dir", None, "folder of the new run (default: out/MODEL-1, -2, ...)", type=Path)
-    add("resume", None, "folder of a run to continue (only --device may change)", type=Path)
-    add("score", None, "run or checkpoint to evaluate (--gate, --halt, --confidence may change)", type=Path)
-
-    typed, model, saved = vars(parser.parse_args(argv)), None, None     # only the flags that were given
-    base = PRESETS[typed.get("preset", "laptop")]
-    for task, may_change in (("resume", set()), ("score", {"gate", "halt", "confidence"})):
-        if task in typed:
-            for name in typed.keys() - may_change - {task, "device"}:
-                parser.error(f"--{name} cannot be combined with --{task}")
-            changes = {name: typed[name] for name in may_change & typed.keys()}
-            model, saved = load_checkpoint(typed[task], **changes)
-            base = saved["flags"] | ({"device": DEVICE} if task == "score" else {})
-    if "resume" in typed and not (typed["resume"].is_dir() and "optimizer" in saved):
-        parser.error("--resume needs the folder of a run; any checkpoint can be evaluated with --score")
-    args = argparse.Namespace(**defaults | base | typed)       # later ones replace earlier ones
-    usable_device(args.device)          # a resumed run names its own
-    args.dtype = args.dtype or ("bfloat16" if supports_bfloat16(args.device) else "float32")
-    if args.out_dir and (args.out_dir / "ckpt.pt").exists():
-        parser.error(f"--out_dir {args.out_dir} contains a run; continue it with --resume {args.out_dir}")
-    if args.n_embd % args.n_head:
-        parser.error(f"--n_embd {args.n_embd} is not divisible by --n_head {args.n_head}")
-    if args.n_layer == 1 and args.model != "plain":
-        parser.error(f"--model {args.model} needs --n_layer 2 or more")
-    return args, model, saved
-
-
-def supports_bfloat16(device):
-    if device.startswith("cpu"):
-        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+def schedule(step, warmup_iters, max_iters):
+    """The learning-rate multiplier: linear warm-up times a cosine decay from 1 (first step) to 0.1 (last step)."""
+    progress = (step - 1) / max(max_iters - 1, 1)
+    return min(step / max(warmup_iters, 1), 1) * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
 
 
 @contextlib.contextmanager
 def precision(device, dtype):
     """The context of a training step. On a CPU in bfloat16, the unfused attention kernel is faster."""
-    device, attention = torch.device(device).type, contextlib.nullcontext()
+    device = torch.device(device).type
+    attention = contextlib.nullcontext()
     if (device, dtype) == ("cpu", "bfloat16"):
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)    # despite its name, for the CPU, too
         attention = sdpa_kernel(SDPBackend.MATH)
     with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"), attention:
         yield
+
+
+def fit(model, args, corpus, idx, targets, saved):
+    """Train, evaluate on idx, targets (n, T), and save the run. `saved` is the checkpoint to resume, or None."""
+    optimizer = make_optimizer(model)
+    first = saved["step"] if saved else 0
+    if saved:
+        optimizer.load_state_dict(saved["optimizer"])
+    flags = {name: value for name, value in vars(args).items() if name not in ("out_dir", "resume", "score")}
+    run = {"config": vars(model.config), "flags": flags, "vocab": corpus.vocab, "checksum": corpus.checksum(),
+           "prompt": corpus.prompt[:args.block_size]}
+    size = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{size:,} parameters, data {args.data}, device {args.device}, dtype {args.dtype}")
+
+    def evaluation(step):       # on all windows at the end, otherwise on some 300, spread over the split
+        last = step == args.max_iters
+        stride = 1 if last else max(len(idx) // 256, 1)
+        return score(model, idx[::stride], targets[::stride], timed=last)
+
+    scores = evaluation(first)
+    began = time.perf_counter()
+    loss_of = torch.compile(model.loss) if args.compile else model.loss
+    for step in range(first + 1, args.max_iters + 1):
+        model.train()           # evaluation leaves it in eval mode
+        seed_step(args.seed, step)
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * schedule(step, args.warmup_iters, args.max_iters)
+        lam = args.lam * min(step / max(args.lam_ramp * args.max_iters, 1), 1)
+
+        x, y = (part.to(args.device) for part in corpus.batch(args.batch_size, args.block_size))  # (B, T) each
+        with precision(args.device, args.dtype):
+            task_loss, gates = loss_of(x, y)                                    # gates (L, B, T)
+            loss = task_loss + lam * model.depth_loss(gates)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        if step % 20 == 0:
+            seconds = (time.perf_counter() - began) / (step - first)        # per step, including evaluations
+            shown = f"  gates {spaced(gates.mean((1, 2)).tolist())}" if args.model == "tsa" else ""
+            print(f"step {step}/{args.max_iters}  loss {task_loss.item():.4f}{shown}  {1000 * seconds:.0f} ms/step, "
+                  f"{seconds * (args.max_iters - step) / 60:.1f} min left", flush=True)
+        if step % args.eval_interval == 0 or step == args.max_iters:
+            scores = evaluation(step)
+            if not math.isfinite(scores["val_loss"]):
+                raise FloatingPointError("the loss is not finite: start again with a lower --learning_rate")
+            run.update(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
+            args.out_dir = args.out_dir or new_folder(args.model)
+            torch.save(run, args.out_dir / "ckpt.tmp")
+            (args.out_dir / "ckpt.tmp").replace(args.out_dir / "ckpt.pt")       # so ckpt.pt is always complete
+
+    (args.out_dir / "result.json").write_text(json.dumps(run["config"] | flags | scores, indent=1))
+    print(f"to look inside: python sample.py {args.out_dir} (with or without --map)")
+
+
+def new_folder(model):
+    """Make the first of out/MODEL-1, out/MODEL-2, ... that does not exist."""
+    for n in itertools.count(1):
+        with contextlib.suppress(FileExistsError):
+            folder = Path(f"out/{model}-{n}")
+            folder.mkdir(parents=True)
+            return folder
 
 
 @torch.no_grad()
@@ -190,98 +191,104 @@ def score(model, idx, targets, timed=False):
                 saved=saved, gates=gates, ran=ran)
 
 
-def seed_step(seed, step):
-    """Make a step's batch and dropout depend only on (seed, step). Step 0 is the initialization."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
+def bounded(kind, low, high=math.inf):
+    """A type for argparse: an int or a float from low to high."""
+    def number(text):
+        value = kind(text)
+        if low <= value <= high and math.isfinite(value):
+            return value
+        raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
+    return number
 
 
-def make_optimizer(model):
-    """AdamW as in the paper: weight decay on matrices only, not on biases, LayerNorms or embeddings."""
-    matrices, others = [], []
-    for name, parameter in model.named_parameters():
-        is_matrix = parameter.dim() == 2 and name not in ("wte.weight", "wpe.weight")
-        (matrices if is_matrix else others).append(parameter)
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+def usable_device(name):
+    """A type for argparse: a device that PyTorch can use here."""
+    try:
+        torch.zeros(1, device=name).item()
+    except (AssertionError, ImportError, RuntimeError):
+        raise argparse.ArgumentTypeError(f"PyTorch cannot use the device {name} here") from None
+    return name
 
 
-def schedule(step, warmup_iters, max_iters):
-    """The learning-rate multiplier: linear warm-up times a cosine decay from 1 (first step) to 0.1 (last step)."""
-    progress = (step - 1) / max(max_iters - 1, 1)
-    return min(step / max(warmup_iters, 1), 1) * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
+def supports_bfloat16(device):
+    if device.startswith("cpu"):
+        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def fit(model, args, corpus, idx, targets, saved):
-    """Train, evaluate on idx, targets (n, T), and save the run. `saved` is the checkpoint to resume, or None."""
-    optimizer, first = make_optimizer(model), saved["step"] if saved else 0
-    if saved:
-        optimizer.load_state_dict(saved["optimizer"])
-    flags = {name: value for name, value in vars(args).items() if name not in ("out_dir", "resume", "score")}
-    run = {"config": vars(model.config), "flags": flags, "vocab": corpus.vocab, "checksum": corpus.checksum(),
-           "prompt": corpus.prompt[:args.block_size]}
-    size = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{size:,} parameters, data {args.data}, device {args.device}, dtype {args.dtype}")
+def parse_flags(argv):
+    """Return the flags, and the model and the checkpoint to resume or to score (or None, None)."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add, positive, fraction = parser.add_argument, bounded(int, 1), bounded(float, 0, 1)
+    add("--preset", default="laptop", choices=PRESETS, help="replaces some defaults of the other flags")
+    add("--model", default=Config.model, choices=MODELS, help="the plain transformer, the paper's model, or early exit")
+    add("--gate", default=Config.gate, choices=GATES, help="tsa: gate design, from GATES in tsa.py")
+    add("--gate_bias", default=Config.gate_bias, type=bounded(float, -math.inf), help="tsa: initial b2 of the routers")
+    add("--halt", default=False, action=argparse.BooleanOptionalAction, help="tsa: multiply gates by the ones before")
+    add("--lam", default=0.001, type=bounded(float, 0), help="tsa: weight of the depth loss (the mean gate)")
+    add("--lam_ramp", default=0.0, type=fraction, help="tsa: fraction of training over which lam rises")
+    add("--confidence", default=Config.confidence, type=fraction, help="exit: exit above this probability")
+    add("--data", default="auto", help="shakespeare, enwik8, stdlib, chain or a text file; auto: shakespeare or, offline, stdlib")
+    add("--n_layer", default=Config.n_layer, type=positive, help="number of blocks")
+    add("--n_head", default=Config.n_head, type=positive, help="number of attention heads")
+    add("--n_embd", default=Config.n_embd, type=positive, help="embedding width")
+    add("--block_size", default=Config.block_size, type=positive, help="context length in tokens")
+    add("--dropout", default=Config.dropout, type=fraction, help="dropout probability")
+    add("--batch_size", default=32, type=positive, help="sequences per step")
+    add("--max_iters", default=2400, type=positive, help="training steps")
+    add("--learning_rate", default=1.5e-3, type=bounded(float, 0), help="peak learning rate; cosine decay to 10%%")
+    add("--warmup_iters", default=100, type=bounded(int, 0), help="steps of linear warm-up")
+    add("--eval_interval", default=200, type=positive, help="steps between evaluations and checkpoints")
+    add("--seed", default=0, type=bounded(int, 0), help="random seed")
+    add("--device", default=DEVICE, type=usable_device, help="cpu, cuda, mps ...")
+    add("--dtype", choices=("float32", "bfloat16"), help="precision of training; None: bfloat16 where it is fast")
+    add("--compile", action="store_true", help="compile the loss with torch.compile")
+    add("--out_dir", type=Path, help="folder of this run, and of no other; None: out/MODEL-1, -2, ...")
+    add("--resume", type=Path, help="folder of a run to continue (only --device may change)")
+    add("--score", type=Path, help="run or checkpoint to evaluate (--gate, --halt, --confidence may change)")
 
-    def evaluation(step):       # on all windows at the end, otherwise on some 300, spread over the split
-        last = step == args.max_iters
-        stride = 1 if last else max(len(idx) // 256, 1)
-        return score(model, idx[::stride], targets[::stride], timed=last)
-
-    scores, began = evaluation(first), time.perf_counter()
-    loss_of = torch.compile(model.loss) if args.compile else model.loss
-    for step in range(first + 1, args.max_iters + 1):
-        model.train()           # evaluation leaves it in eval mode
-        seed_step(args.seed, step)
-        for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * schedule(step, args.warmup_iters, args.max_iters)
-        lam = args.lam * min(step / max(args.lam_ramp * args.max_iters, 1), 1)
-
-        x, y = (part.to(args.device) for part in corpus.batch(args.batch_size, args.block_size))  # (B, T) each
-        with precision(args.device, args.dtype):
-            task_loss, gates = loss_of(x, y)                                    # gates (L, B, T)
-            loss = task_loss + lam * model.depth_loss(gates)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-        if step % 20 == 0:
-            seconds = (time.perf_counter() - began) / (step - first)        # per step, including evaluations
-            shown = f"  gates {spaced(gates.mean((1, 2)).tolist())}" if args.model == "tsa" else ""
-            print(f"step {step}/{args.max_iters}  loss {task_loss.item():.4f}{shown}  {1000 * seconds:.0f} ms/step, "
-                  f"{seconds * (args.max_iters - step) / 60:.1f} min left", flush=True)
-        if step % args.eval_interval == 0 or step == args.max_iters:
-            scores = evaluation(step)
-            if not math.isfinite(scores["val_loss"]):
-                raise FloatingPointError("the loss is not finite: start again with a lower --learning_rate")
-            run.update(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
-            args.out_dir = args.out_dir or new_folder(args.model)
-            torch.save(run, args.out_dir / "ckpt.tmp")
-            (args.out_dir / "ckpt.tmp").replace(args.out_dir / "ckpt.pt")       # so ckpt.pt is always complete
-
-    (args.out_dir / "result.json").write_text(json.dumps(run["config"] | flags | scores, indent=1))
-    print(f"to look inside: python sample.py {args.out_dir} (with or without --map)")
-
-
-def new_folder(model):
-    """Make the first of out/MODEL-1, out/MODEL-2, ... that does not exist."""
-    for n in itertools.count(1):
-        with contextlib.suppress(FileExistsError):
-            folder = Path(f"out/{model}-{n}")
-            folder.mkdir(parents=True)
-            return folder
+    typed = {word.partition("=")[0].replace("--no-", "--") for word in argv if word.startswith("--")}
+    args, model, saved = parser.parse_args(argv), None, None
+    defaults = PRESETS[args.preset]
+    if args.resume or args.score:
+        task, may_change = ("--resume", set()) if args.resume else ("--score", {"--gate", "--halt", "--confidence"})
+        if wrong := typed - may_change - {task, "--device"}:
+            parser.error(f"{', '.join(sorted(wrong))} cannot be combined with {task}")
+        changes = {flag[2:]: getattr(args, flag[2:]) for flag in typed & may_change}
+        model, saved = load_checkpoint(args.resume or args.score, **changes)
+        defaults = saved["flags"] | ({"device": DEVICE} if args.score else {})
+    if args.resume and not (args.resume.is_dir() and "optimizer" in saved):
+        parser.error("--resume needs the folder of a run; any checkpoint can be evaluated with --score")
+    parser.set_defaults(**defaults)
+    args = parser.parse_args(argv)          # once more: what was typed replaces the new defaults
+    of_gates = {"--gate", "--gate_bias", "--halt", "--lam", "--lam_ramp"}
+    unused = {"plain": of_gates | {"--confidence"}, "tsa": {"--confidence"}, "exit": of_gates}
+    if wrong := typed & unused.get(args.model, set()):
+        parser.error(f"{', '.join(sorted(wrong))} has no effect with --model {args.model}")
+    if args.model == "tsa" and args.gate not in GATES:
+        parser.error(f"tsa.py has no gate {args.gate}; choose another one with --gate")
+    args.dtype = args.dtype or ("bfloat16" if supports_bfloat16(args.device) else "float32")
+    if args.out_dir and (args.out_dir / "ckpt.pt").exists():
+        parser.error(f"--out_dir {args.out_dir} contains a run; continue it with --resume {args.out_dir}")
+    if args.n_embd % args.n_head:
+        parser.error(f"--n_embd {args.n_embd} is not divisible by --n_head {args.n_head}")
+    if args.n_layer == 1 and args.model != "plain":
+        parser.error(f"--model {args.model} needs --n_layer 2 or more")
+    return args, model, saved
 
 
 def main(argv=None):
     try:
-        args, model, saved = parse_flags(argv)
+        args, model, saved = parse_flags(sys.argv[1:] if argv is None else argv)
         if args.data == "auto":
             args.data = data.shakespeare_or_stdlib()
-        corpus = data.load(args.data)
+        corpus = data.load(args.data, saved["vocab"] if args.score else None)
         idx, targets = corpus.windows("val", args.block_size)           # (n, T) each
-        changed = saved and saved["checksum"] != corpus.checksum()
-        if changed and (args.resume or saved["vocab"] != corpus.vocab):
-            raise ValueError(f"--data {args.data} is not the text that this model was trained on")
+        if saved and saved["checksum"] != corpus.checksum():
+            message = f"--data {args.data} is not the text that this model was trained on"
+            if args.resume:
+                raise ValueError(message)
+            print(f"note: {message}")
         if args.out_dir:
             args.out_dir.mkdir(parents=True, exist_ok=True)         # now, to notice a mistake before training
     except (OSError, ValueError) as error:
@@ -292,8 +299,6 @@ def main(argv=None):
         model = MODELS[args.model](Config(vocab_size=len(corpus.vocab), **settings))
     model.to(args.device)
     if args.score:
-        if changed:
-            print(f"note: --data {args.data} is not the text that this model was trained on")
         score(model, idx, targets, timed=True)
         return
     args.out_dir = args.resume or args.out_dir
@@ -304,5 +309,16 @@ def main(argv=None):
         sys.exit(f"\ninterrupted. To continue: python train.py --resume {args.out_dir}" if has_run else "\ninterrupted")
 
 
+def run_program(main):
+    """Run main. Ctrl-C, a closed pipe (as in `train.py | head`), or a diverging loss ends it without a traceback."""
+    try:
+        main()
+    except FloatingPointError as error:
+        sys.exit(f"error: {error}")
+    except (BrokenPipeError, KeyboardInterrupt):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())          # Python writes to it once more
+        sys.exit(1)
+
+
 if __name__ == "__main__":
-    main()
+    run_program(main)

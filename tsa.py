@@ -22,7 +22,7 @@ Shapes: B sequences of T tokens, C = n_embd channels, nh heads of size hs = C / 
 pass, N of the B * T tokens run a block. S tokens per sequence have keys and values: T, or more with a cache.
 """
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -51,17 +51,13 @@ class Config:
 
 class Router(nn.Module):
     """
-    Computes the gate of the next block from the state after this one. A design is a subclass that overrides `gate`,
-    `scale` or `sparse_gate`, and may have parameters of its own (`>=` alone gives them no gradient). It must
-    compute a token's gate from its x and gates only: when the model generates text, x holds only the newest token.
+    Computes the gate of the next block from the state after this one. A design derives from GateMLP, the paper's router,
+    and overrides `scale`, `gate` or `sparse_gate`, or it derives from Router and defines a `scale` with layers of its
+    own. A token's gate may depend on its own x and gates only: in generation, x holds just the newest token.
     """
 
     def __init__(self, config):
         super().__init__()
-        width = max(config.n_embd // 4, 16)
-        self.fc = nn.Linear(config.n_embd, width)
-        self.out = nn.Linear(width, 1)
-        nn.init.constant_(self.out.bias, config.gate_bias)
         self.halt = config.halt
 
     def forward(self, x, gates):
@@ -71,12 +67,8 @@ class Router(nn.Module):
         assert gate.shape == x.shape[:2], f"a gate of shape {tuple(gate.shape)} instead of {tuple(x.shape[:2])}, (B, T)"
         return gate
 
-    def scale(self, x, gates):
-        """1 - p (B, T) of equation (3). The sigmoid is in float32, because bfloat16 would round a p near 1 to 1."""
-        return 1 - torch.sigmoid(self.out(F.relu(self.fc(x))).squeeze(-1).float())
-
     def gate(self, scale):
-        """Equation (4): 1 - p itself. Evaluation calls this, too, so add noise only `if self.training`."""
+        """Equation (4): the scale itself. Evaluation calls this, too, so add noise only `if self.training`."""
         return scale
 
     def sparse_gate(self, gate):
@@ -84,25 +76,40 @@ class Router(nn.Module):
         return gate
 
 
-class Soft(Router):
+class GateMLP(Router):
+    """The paper's router, a two-layer MLP."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        width = max(config.n_embd // 4, 16)
+        self.fc = nn.Linear(config.n_embd, width)
+        self.out = nn.Linear(width, 1)
+        nn.init.constant_(self.out.bias, config.gate_bias)
+
+    def scale(self, x, gates):
+        """1 - p (B, T) of equation (3). The sigmoid is in float32, because bfloat16 would round a p near 1 to 1."""
+        return 1 - torch.sigmoid(self.out(F.relu(self.fc(x))).squeeze(-1).float())
+
+
+class Soft(GateMLP):
     """The paper's design: in a sparse pass, the gate is rounded to 0 or 1."""
     def sparse_gate(self, gate):
         return (gate >= 0.5).float()
 
 
-class Skip(Router):
+class Skip(GateMLP):
     """The paper's gate in training. A sparse pass sets gates below 0.1 to 0 and keeps the others."""
     def sparse_gate(self, gate):
         return gate * (gate >= 0.1)
 
 
-class Stretch(Router):
+class Stretch(GateMLP):
     """A gate that is exactly 0 up to a scale of 1/7, and 1 from 6/7."""
     def gate(self, scale):
         return (1.4 * scale - 0.2).clamp(0, 1)          # hard concrete without noise (Louizos et al. 2018, 1712.01312)
 
 
-class Straight(Router):
+class Straight(GateMLP):
     """0 or 1 in the forward pass, with the scale's gradient in the backward pass (straight-through)."""
     def gate(self, scale):
         return (scale >= 0.5).float() + (scale - scale.detach())        # adds exactly 0, with the scale's gradient
@@ -125,16 +132,34 @@ class Attention(nn.Module):
     def forward(self, h, kv, rows=None):
         """h (B, T, C), keys and values kv (B, S, 2C) -> (B, T, C), or (N, C) for the N tokens of `rows` (see Block)."""
         B, T, C = h.shape
-        q = self.query(h if rows is None else h[rows])
-        if rows is not None:    # is_causal needs T queries, so all tokens attend (4% of a small block)
-            q = q.new_zeros(B, T, C).index_put_(rows, q)
+        assert T in (1, kv.size(1)), "once the cache has tokens, pass one at a time"    # is_causal assumes S = T
+        q, mask = self.query(h if rows is None else h[rows]), None
+        if rows is not None:    # the kernel needs n queries per sequence: others than those of the N tokens are 0
+            rows, n, mask = pack(rows, B, T)
+            q = q.new_zeros(B, n, C).index_put_(rows, q)
         k, v = kv.chunk(2, dim=-1)                                      # (B, S, C) each
-        assert T in (1, k.size(1)), "once the cache has tokens, pass one at a time"      # is_causal assumes S = T
-        q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in (q, k, v))  # (B, nh, T or S, hs)
+        q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in (q, k, v))  # (B, nh, n or S, hs)
         dropout_p = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=T > 1)
-        y = y.transpose(1, 2).flatten(2)                                # (B, T, C)
-        return self.proj(y if rows is None else y[rows])
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=mask is None and T > 1)
+        y = y.transpose(1, 2)                                           # (B, n, nh, hs)
+        return self.proj((y if rows is None else y[rows]).flatten(-2))
+
+
+def pack(rows, B, T):
+    """
+    Put the queries of the N tokens `rows` (see Block) side by side, in n places per sequence. Return rows with places
+    instead of positions, n, and the causal mask (B, 1, n, T); if most tokens are open, rows, T and None (is_causal).
+    """
+    b, t = rows
+    if 2 * len(b) >= B * T or T == 1:
+        return rows, T, None            # with a mask, the kernel computes twice as much per query
+    count = torch.bincount(b, minlength=B)                              # (B,)
+    first = count.cumsum(0) - count             # where each sequence begins among the N tokens
+    place = torch.arange(len(b), device=b.device) - first[b]            # (N,)
+    n = count.max().item()
+    position = t.new_zeros(B, n).index_put_((b, place), t)              # (B, n)
+    mask = position.unsqueeze(-1) >= torch.arange(T, device=b.device)   # (B, n, T)
+    return (b, place), n, mask.unsqueeze(1)
 
 
 class FeedForward(nn.Module):
@@ -166,6 +191,17 @@ class Block(nn.Module):
         x (B, T, C), gate (B, T) -> (B, T, C). Without a gate, this is the plain block. If sparse, only the N tokens
         whose gate is not 0 are computed; for the same gates, the result is the same.
         """
+        y, rows = x, None
+        if sparse:
+            rows = gate.nonzero(as_tuple=True)      # sequences and positions of the N tokens, (N,) each
+            if len(rows[0]) == 0:
+                if cache:                           # later tokens may attend to these
+                    cache.append(self.attn.key_value(self.ln1(x)))
+                return x
+            if len(rows[0]) == gate.numel():
+                rows = None                         # all are open: nothing to gather
+            else:
+                y, gate = x[rows], gate[rows]                           # (N, C), (N,)
         h = self.ln1(x)
         kv = self.attn.key_value(h)     # of all tokens: those that run the block attend to those that skip it
         if cache:
@@ -173,18 +209,10 @@ class Block(nn.Module):
         if gate is None:
             x = x + self.attn(h, kv)
             return x + self.ffn(self.ln2(x))
-        if sparse:
-            rows = gate.nonzero(as_tuple=True)      # sequences and positions of the N tokens, (N,) each
-            if len(rows[0]) == 0:
-                return x
-            if len(rows[0]) < gate.numel():         # otherwise, nothing is gained by gathering
-                y, gate = x[rows], gate[rows].to(x.dtype).unsqueeze(-1)  # (N, C), (N, 1)
-                y = y + gate * self.attn(h, kv, rows)                   # equation (1)
-                y = y + gate * self.ffn(self.ln2(y))                    # equation (2)
-                return x.index_put(rows, y)
-        gate = gate.to(x.dtype).unsqueeze(-1)                           # (B, T, 1)
-        x = x + gate * self.attn(h, kv)                                 # equation (1)
-        return x + gate * self.ffn(self.ln2(x))                         # equation (2)
+        gate = gate.to(x.dtype).unsqueeze(-1)                           # (N, 1) or (B, T, 1)
+        y = y + gate * self.attn(h, kv, rows)                           # equation (1)
+        y = y + gate * self.ffn(self.ln2(y))                            # equation (2)
+        return y if rows is None else x.index_put(rows, y)
 
 
 class Transformer(nn.Module):
@@ -192,6 +220,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        assert config.n_layer > 1 or not isinstance(self, (TSA, Exit)), "block 0 always runs: nothing could be skipped"
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)       # also the output head (tied)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -254,11 +283,12 @@ class TSA(Transformer):
         first, *others = self.blocks
         # Block 0 has no router, because before it has run, x says nothing about the context.
         x = first(self.embed(idx, caches[0]), cache=caches[0])          # (B, T, C)
-        gates = [torch.ones(idx.shape, device=idx.device)]
-        used = gates[:]         # routers see `gates`, blocks get `used`
+        ones = torch.ones(idx.shape, device=idx.device)
+        gates, used = [ones], [ones]            # routers see `gates`, blocks get `used`
         for router, block, cache in zip(self.routers, others, caches[1:]):
-            gates.append(router(x, gates))                              # (B, T)
-            used.append(router.sparse_gate(gates[-1]) if sparse else gates[-1])
+            gate = router(x, gates)                                     # (B, T)
+            gates.append(gate)
+            used.append(router.sparse_gate(gate) if sparse else gate)
             x = block(x, used[-1], sparse, cache)
         return self.head(self.ln_f(x)), torch.stack(used)
 
@@ -323,12 +353,14 @@ def load_checkpoint(path, **changes):
     with open(path, "rb") as file:
         try:
             saved = torch.load(file, map_location="cpu", weights_only=True)
-            if zipfile.ZipFile(file).testzip() or not {"model", "flags", "vocab", "prompt", "checksum"} <= saved.keys():
-                raise ValueError        # torch does not verify the checksums of its archive
-            config = Config(**saved["config"] | changes)
+            unknown = saved["config"].keys() - {field.name for field in fields(Config)}
+            missing = {"model", "flags", "vocab", "prompt", "checksum"} - saved.keys()
+            if unknown or missing or zipfile.ZipFile(file).testzip():   # torch does not verify checksums
+                raise ValueError
         except Exception:       # torch raises many types, and some recommend an unsafe load
             raise ValueError(f"{path} is damaged or from another version of train.py") from None
-    if config.model not in MODELS or config.gate not in GATES:
+    config = Config(**saved["config"] | changes)
+    if config.model not in MODELS or (config.model == "tsa" and config.gate not in GATES):
         raise ValueError(f"{path}: there is no model {config.model} with gate {config.gate} in tsa.py")
     model = MODELS[config.model](config)
     try:
@@ -338,16 +370,22 @@ def load_checkpoint(path, **changes):
     return model.eval(), saved
 
 
-def multiply_adds(model, ran, T=None):
-    """Multiply-adds per token in a pass over T tokens (default: block_size), of which a fraction ran[l] run block l."""
-    def size(*modules):         # of their matrices: one multiply-add per weight and token (vectors do not count)
-        return sum(weight.numel() for module in modules for weight in module.parameters() if weight.dim() == 2)
+def multiply_adds(model, ran, T=None, plain=False):
+    """Multiply-adds per token in a pass over T tokens of which ran[l] (0 to 1) run block l, or of a plain model."""
+    def size(module):           # of its matrices: one multiply-add per weight and token (vectors do not count)
+        return sum(weight.numel() for weight in module.parameters() if weight.dim() > 1)
 
-    T, head = T or model.config.block_size, size(model.wte)
-    heads = sum(ran[1:]) if isinstance(model, Exit) else 1      # early exit predicts after each block but the first
-    total = heads * head + size(*getattr(model, "routers", []))
+    T = T or model.config.block_size
+    total = size(model.wte)             # the head
+    if plain:
+        ran = [1] * len(ran)
+    elif isinstance(model, Exit):       # it predicts after each block but the first
+        total *= sum(ran[1:])
+    elif isinstance(model, TSA):
+        total += size(model.routers)
     for share, block in zip(ran, model.blocks):
-        # Charged to all tokens: keys, values, and attention to T / 2 keys on average (C for the score, C for the value)
+        # An upper limit: keys, values, and attention to T / 2 keys on average (C multiply-adds each for score and
+        # value) are charged to all tokens.
         key_value = size(block.attn.key_value)
         total += key_value + T * model.config.n_embd + share * (size(block) - key_value)
     return total
@@ -355,9 +393,7 @@ def multiply_adds(model, ran, T=None):
 
 def saving(model, ran, T=None):
     """The fraction saved relative to a plain model with as many layers (negative if routers cost more)."""
-    with torch.device("meta"):      # allocates no memory
-        plain = Transformer(model.config)
-    return 1 - multiply_adds(model, ran, T) / multiply_adds(plain, [1] * len(ran), T)
+    return 1 - multiply_adds(model, ran, T) / multiply_adds(model, ran, T, plain=True)
 
 
 class Cache:
