@@ -23,7 +23,6 @@ import train
 import tsa
 from tsa import GATES, MODELS, TSA, Config, GateMLP, Router, generate, load_checkpoint, multiply_adds, saving
 
-HERE = Path(__file__).resolve().parent
 TEXT = "The quick brown fox jumps over the lazy dog.\n" * 302
 SMALL = "--device cpu --dtype float32 --data t.txt --n_layer 3 --n_embd 16 --block_size 16 --batch_size 8"
 torch.set_num_threads(1)                        # faster for models this small
@@ -101,30 +100,20 @@ def block_by_hand(block, x, gate):
 
 
 def pass_by_hand(model, idx, sparse=False):
-    """Scale every token by its gate -> lists of each block's gates (B, T), and of the logits after it (B, T, V)."""
+    """Scale every token by its gate -> each block's gates (L, B, T) and the logits after it (L, B, T, V)."""
     trained, gates, logits = [], [], []
     x = model.wte(idx) + model.wpe.weight[:idx.size(1)]
     for l, block in enumerate(model.blocks):
-        router = model.routers[l - 1] if l > 0 and model.config.model == "tsa" else None
-        trained.append(router(x, trained) if router else torch.ones(idx.shape))
-        gates.append(router.sparse_gate(trained[l]) if router and sparse else trained[l])
+        trained.append(torch.ones(idx.shape))
+        gates.append(trained[l])
+        if l > 0 and model.config.model == "tsa":
+            trained[l] = model.routers[l - 1](x, trained[:l])
+            gates[l] = model.routers[l - 1].sparse_gate(trained[l]) if sparse else trained[l]
+        elif l > 1 and model.config.model == "exit" and sparse:         # no token exits after block 0
+            gates[l] = gates[l - 1] * (logits[l - 1].softmax(-1).amax(-1) <= model.config.confidence)
         x = block_by_hand(block, x, gates[l])
         logits.append((model.norms()[l](x) @ model.wte.weight.T).float())
-    return gates, logits
-
-
-def exit_by_hand(model, idx):
-    """Token by token, run blocks until a prediction is confident -> gates (L, B, T), logits (B, T, V)."""
-    x, gate = model.wte(idx) + model.wpe.weight[:idx.size(1)], torch.ones(idx.shape)
-    gates, logits = [], torch.zeros(*idx.shape, model.config.vocab_size)
-    for l, block in enumerate(model.blocks):
-        gates.append(gate.clone())
-        x = block_by_hand(block, x, gate)
-        for b, t in gate.nonzero().tolist() if l > 0 else []:          # no token exits after block 0
-            logits[b, t] = model.wte.weight @ model.norms()[l](x[b, t])
-            if logits[b, t].softmax(-1).max() > model.config.confidence:
-                gate[b, t] = 0
-    return torch.stack(gates), logits
+    return torch.stack(gates), torch.stack(logits)
 
 
 @pytest.mark.parametrize("model, vocab_size, block_size, width, count", [
@@ -211,7 +200,7 @@ def test_design_passes_a_gradient_to_its_routers(design):
 @pytest.mark.parametrize("B", [1, 3])
 @pytest.mark.parametrize("share", [0, 0.1, 0.3, 0.5, 0.9, 1])
 def test_sparse_block_equals_one_written_out(share, B):
-    """With any fraction of the tokens open, and other numbers of them in each sequence, each attends to its own past."""
+    """Whatever the fraction of open tokens, and the number of them in a sequence, each attends to its own past."""
     torch.manual_seed(4)
     block, x = tiny().blocks[1], torch.randn(B, 16, 16, dtype=torch.double)
     gate = torch.rand(B, 16).double() * (torch.rand(B, 16) < share)
@@ -234,16 +223,18 @@ def test_gates_scale_both_updates_of_each_block(design, sparse):
     """Skipping a block is the same as scaling its updates by 0."""
     model, idx = tiny(**DESIGNS[design]), tokens()
     gates, logits = pass_by_hand(model, idx, sparse)
-    assert_close(model(idx, sparse), (logits[-1], torch.stack(gates)))
+    assert_close(model(idx, sparse), (logits[-1], gates))
 
 
 @pytest.mark.parametrize("confidence", [0.0, 0.4, 1.0])
 def test_early_exit_equals_one_written_out(confidence):
     """A token exits once a probability exceeds the confidence and keeps that prediction."""
     model, idx = tiny("exit", confidence=confidence), tokens()
-    gates, logits = exit_by_hand(model, idx)
-    assert_close(model(idx, sparse=True), (logits, gates))
-    assert gates.sum(0).unique().tolist() == {0.0: [2], 0.4: [2, 3, 4], 1.0: [4]}[confidence]
+    gates, logits = pass_by_hand(model, idx, sparse=True)
+    blocks = gates.sum(0).long()                                        # (B, T)
+    last = logits.gather(0, (blocks - 1)[None, ..., None].expand(1, -1, -1, 11))[0]             # (B, T, V)
+    assert_close(model(idx, sparse=True), (last, gates))
+    assert blocks.unique().tolist() == {0.0: [2], 0.4: [2, 3, 4], 1.0: [4]}[confidence]
     model.wte.weight.data.zero_()           # all predictions are equally likely: none exceeds its own probability
     model.config.confidence = torch.zeros(11).softmax(0)[0].item()
     assert model(idx, sparse=True)[1].min() == 1
@@ -296,7 +287,7 @@ def test_counted_multiply_adds_are_those_that_ran(design, T):
     attention = flops.pop(torch.ops.aten.bmm)
     counted = sum(flops.values()) / 2 / (3 * T)         # per token: two flops are one multiply-add
     counted += 4 * T * 16 + ran.count(0) * 2 * 16 ** 2          # charged
-    assert multiply_adds(model, ran, T) == pytest.approx(counted) and attention <= 4 * 2 * 2 * 3 * T * T * 16
+    assert multiply_adds(model, ran, T)[0] == pytest.approx(counted) and attention <= 4 * 2 * 2 * 3 * T * T * 16
     plain = 4 * (12 * 16 ** 2 + T * 16) + 11 * 16               # the weights and scores of four blocks, the head
     assert saving(model, ran, T) == pytest.approx(1 - counted / plain)
 
@@ -350,28 +341,23 @@ def test_target_of_a_chain_is_the_digit_that_the_letters_lead_to():
         assert answers == data.chain_answers(text)
 
 
-@pytest.mark.parametrize("problem, name", [("none", "shakespeare"), ("sha256", "stdlib"), ("folder", "stdlib")])
-def test_without_a_good_download_the_standard_library_is_used(problem, name, monkeypatch, capsys):
-    """The README's command works anywhere and says what it trains on. No damaged file is left."""
+@pytest.mark.parametrize("problem, name, words", [
+    ("none", "shakespeare", ""), ("other file sent", "stdlib", "a different file"),
+    ("no folder", "stdlib", "File exists"), ("other file there", "shakespeare", "differs from")])
+def test_a_corpus_is_checked_and_the_standard_library_replaces_it(problem, name, words, monkeypatch, capsys):
+    """The README's command works anywhere and says what it trains on. No damaged file is used without a word."""
     server = HTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler)             # it serves this test's folder
     threading.Thread(target=server.handle_request, daemon=True).start()
     monkeypatch.setenv("no_proxy", "*")
-    sha256 = "0" if problem == "sha256" else hashlib.sha256(TEXT.encode()).hexdigest()
+    sha256 = "0" if problem == "other file sent" else hashlib.sha256(TEXT.encode()).hexdigest()
     monkeypatch.setitem(data.FILES, "shakespeare", ("a.txt", f"http://127.0.0.1:{server.server_port}/t.txt", sha256))
-    if problem == "folder":
+    if problem == "no folder":
         Path("data").touch()            # a file, so the folder cannot be made
+    if problem == "other file there":
+        os.mkdir("data")
+        Path("data/a.txt").touch()
     assert data.shakespeare_or_stdlib() == name
-    assert os.path.exists("data/a.txt") == (name == "shakespeare")
-    words = {"none": "", "sha256": "a different file", "folder": "File exists"}
-    assert words[problem] in capsys.readouterr().out
-
-
-def test_a_file_that_is_not_the_published_one_gets_a_note(capsys):
-    """A truncated file would train without a word, and its losses would be compared with ours."""
-    os.mkdir("data")
-    Path("data/tinyshakespeare.txt").write_bytes(TEXT.encode())
-    data.load("shakespeare")
-    assert "note: the sha256 of" in capsys.readouterr().out
+    assert os.path.exists("data/a.txt") == (name == "shakespeare") and words in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("preset, expected", [
@@ -618,7 +604,7 @@ def mistakes():
     (train, "--data latin1.txt", "decode"),
     (train, "--data t.txt --block_size 9999", "be at most 1358"), (train, "--data chain", "--block_size must be 30"),
     (sample, "flipped.pt", "flipped.pt is damaged"), (sample, "bomb.pt", "bomb.pt is damaged"),
-    (sample, "gate.pt", "no model tsa with gate nosuch"), (sample, "size.pt", "size.pt does not fit tsa.py"),
+    (sample, "gate.pt", "has no model tsa with gate nosuch"), (sample, "size.pt", "size.pt does not fit tsa.py"),
     (sample, "chain.pt --prompt=", "at least one character"), (sample, "chain.pt --prompt 7bc", "'b' at position 2"),
     (sample, "chain.pt --prompt §", r"vocabulary: '\xa7'"), (sample, f"chain.pt --prompt {'7' * 17}", "at most 16")])
 def test_a_mistake_ends_in_one_line(program, flags, words, mistakes, capsys):

@@ -2,10 +2,10 @@
 Train and evaluate a model:
 
     python train.py                                             a small model with gates, trained like the paper's
-    python train.py --model plain                               the same without gates
+    python train.py --model plain                               the same model without gates
     python train.py --resume out/tsa-1                          continue an interrupted run
     python train.py --score out/tsa-1 --gate soft               evaluate a model with another gate
-    python train.py --preset chain --gate straight --halt --lam 0.03        a puzzle, in two minutes
+    python train.py --preset chain --gate straight --halt --lam 0.03        a puzzle; takes two minutes
 
 --help lists all flags. Each step's random numbers depend only on (seed, step), so all designs are trained on the same
 batches, and a resumed run matches one that was never interrupted (on a CPU, bit for bit).
@@ -31,7 +31,7 @@ import data
 from tsa import GATES, MODELS, Config, Transformer, load_checkpoint, saving, token_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PRESETS = {     # replace defaults of the flags below
+PRESETS = {     # each replaces some defaults of the flags below
     "laptop": {},
     "deep": dict(data="stdlib", n_layer=12, learning_rate=3e-3, warmup_iters=300),
     "paper": dict(gate="soft", n_head=8, n_embd=256, block_size=128, dropout=0.1, batch_size=64, max_iters=5000,
@@ -68,7 +68,7 @@ def precision(device, dtype):
     device = torch.device(device).type
     attention = contextlib.nullcontext()
     if (device, dtype) == ("cpu", "bfloat16"):
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)    # despite its name, for the CPU, too
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)    # applies to CPUs, too
         attention = sdpa_kernel(SDPBackend.MATH)
     with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"), attention:
         yield
@@ -77,24 +77,24 @@ def precision(device, dtype):
 def fit(model, args, corpus, idx, targets, saved):
     """Train, evaluate on idx, targets (n, T), and save the run. `saved` is the checkpoint to resume, or None."""
     optimizer = make_optimizer(model)
-    first = saved["step"] if saved else 0
+    done = saved["step"] if saved else 0
     if saved:
         optimizer.load_state_dict(saved["optimizer"])
     flags = {name: value for name, value in vars(args).items() if name not in ("out_dir", "resume", "score")}
     run = {"config": vars(model.config), "flags": flags, "vocab": corpus.vocab, "checksum": corpus.checksum(),
            "prompt": corpus.prompt[:args.block_size]}
-    size = sum(parameter.numel() for parameter in model.parameters())
+    size = sum(weight.numel() for weight in model.parameters())
     print(f"{size:,} parameters, data {args.data}, device {args.device}, dtype {args.dtype}")
 
-    def evaluation(step):       # on all windows at the end, otherwise on some 300, spread over the split
+    def score_after(step):      # on all windows at the end, otherwise on a few hundred, spread over the split
         last = step == args.max_iters
         stride = 1 if last else max(len(idx) // 256, 1)
         return score(model, idx[::stride], targets[::stride], timed=last)
 
-    scores = evaluation(first)
+    scores = score_after(done)
     began = time.perf_counter()
     loss_of = torch.compile(model.loss) if args.compile else model.loss
-    for step in range(first + 1, args.max_iters + 1):
+    for step in range(done + 1, args.max_iters + 1):
         model.train()           # evaluation leaves it in eval mode
         seed_step(args.seed, step)
         for group in optimizer.param_groups:
@@ -111,12 +111,12 @@ def fit(model, args, corpus, idx, targets, saved):
         optimizer.zero_grad()
 
         if step % 20 == 0:
-            seconds = (time.perf_counter() - began) / (step - first)        # per step, including evaluations
+            seconds = (time.perf_counter() - began) / (step - done)         # per step, including evaluations
             shown = f"  gates {spaced(gates.mean((1, 2)).tolist())}" if args.model == "tsa" else ""
             print(f"step {step}/{args.max_iters}  loss {task_loss.item():.4f}{shown}  {1000 * seconds:.0f} ms/step, "
                   f"{seconds * (args.max_iters - step) / 60:.1f} min left", flush=True)
         if step % args.eval_interval == 0 or step == args.max_iters:
-            scores = evaluation(step)
+            scores = score_after(step)
             if not math.isfinite(scores["val_loss"]):
                 raise FloatingPointError("the loss is not finite: start again with a lower --learning_rate")
             run.update(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
@@ -146,13 +146,13 @@ def evaluate(model, idx, targets, sparse):
         losses.append(token_loss(logits, y.to(device)).sum())
         gate_sum = gate_sum + gates.sum((1, 2))
         ran = ran + (gates != 0).sum((1, 2))
-    loss = sum(torch.stack(losses).tolist()) / targets.numel()
+    loss = sum(torch.stack(losses).tolist()) / targets.numel()                  # summed in double precision
     return loss, (gate_sum / idx.numel()).tolist(), (ran / idx.numel()).tolist()
 
 
 @torch.no_grad()
 def speedup(model, idx):
-    """The speed of a sparse pass relative to that of the plain model with the same blocks, on windows (n, T)."""
+    """How many times as fast a sparse pass is as a plain model with the same blocks, on windows idx (n, T)."""
     x, ratios = idx[:64].to(model.wte.weight.device), []
     plain, sparse = partial(Transformer.forward, model), partial(model, sparse=True)
     for _ in range(16):         # the two take turns, because speeds drift
@@ -175,7 +175,7 @@ def score(model, idx, targets, timed=False):
     print(f"evaluation on {len(idx):,} windows", flush=True)
     val_loss, gates, ran = evaluate(model, idx, targets, sparse=False)
     kind, val_loss_sparse = model.config.model, val_loss
-    if kind != "plain":         # all passes of a plain model are the same
+    if kind != "plain":         # a plain model has nothing to skip
         val_loss_sparse, _, ran = evaluate(model, idx, targets, sparse=True)
     counted = ran if kind == "exit" else gates          # in token-layer operations (TLOps), the paper's unit
     tlops_saved, saved = 1 - sum(counted) / len(counted), saving(model, ran, idx.size(1))
@@ -192,12 +192,13 @@ def score(model, idx, targets, timed=False):
 
 
 def bounded(kind, low, high=math.inf):
-    """A type for argparse: an int or a float from low to high."""
+    """A type for argparse: an int or a float from low to high, but not inf or nan."""
     def number(text):
         value = kind(text)
-        if low <= value <= high and math.isfinite(value):
+        if low <= value <= high and abs(value) != math.inf:
             return value
         raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
+    number.__name__ = kind.__name__         # for argparse's message on a text such as 2.5 for an int
     return number
 
 
@@ -220,15 +221,15 @@ def parse_flags(argv):
     """Return the flags, and the model and the checkpoint to resume or to score (or None, None)."""
     parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, positive, fraction = parser.add_argument, bounded(int, 1), bounded(float, 0, 1)
-    add("--preset", default="laptop", choices=PRESETS, help="replaces some defaults of the other flags")
+    add("--preset", default="laptop", choices=PRESETS, help="replaces some of the defaults below")
     add("--model", default=Config.model, choices=MODELS, help="the plain transformer, the paper's model, or early exit")
     add("--gate", default=Config.gate, choices=GATES, help="tsa: gate design, from GATES in tsa.py")
     add("--gate_bias", default=Config.gate_bias, type=bounded(float, -math.inf), help="tsa: initial b2 of the routers")
-    add("--halt", default=False, action=argparse.BooleanOptionalAction, help="tsa: multiply gates by the ones before")
+    add("--halt", default=False, action=argparse.BooleanOptionalAction, help="tsa: multiply each gate by the previous")
     add("--lam", default=0.001, type=bounded(float, 0), help="tsa: weight of the depth loss (the mean gate)")
-    add("--lam_ramp", default=0.0, type=fraction, help="tsa: fraction of training over which lam rises")
-    add("--confidence", default=Config.confidence, type=fraction, help="exit: exit above this probability")
-    add("--data", default="auto", help="shakespeare, enwik8, stdlib, chain or a text file; auto: shakespeare or, offline, stdlib")
+    add("--lam_ramp", default=0.0, type=fraction, help="tsa: fraction of training in which lam rises from 0")
+    add("--confidence", default=Config.confidence, type=fraction, help="exit: exit above this top probability")
+    add("--data", default="auto", help="shakespeare, enwik8, stdlib, chain, a file; auto: shakespeare, else stdlib")
     add("--n_layer", default=Config.n_layer, type=positive, help="number of blocks")
     add("--n_head", default=Config.n_head, type=positive, help="number of attention heads")
     add("--n_embd", default=Config.n_embd, type=positive, help="embedding width")
@@ -243,10 +244,11 @@ def parse_flags(argv):
     add("--device", default=DEVICE, type=usable_device, help="cpu, cuda, mps ...")
     add("--dtype", choices=("float32", "bfloat16"), help="precision of training; None: bfloat16 where it is fast")
     add("--compile", action="store_true", help="compile the loss with torch.compile")
-    add("--out_dir", type=Path, help="folder of this run, and of no other; None: out/MODEL-1, -2, ...")
+    add("--out_dir", type=Path, help="new folder, for this run only; None: out/MODEL-1, -2, ...")
     add("--resume", type=Path, help="folder of a run to continue (only --device may change)")
-    add("--score", type=Path, help="run or checkpoint to evaluate (--gate, --halt, --confidence may change)")
+    add("--score", type=Path, help="run or checkpoint to evaluate (--gate, --halt, --confidence, --device may change)")
 
+    # What was typed replaces the defaults of a preset, or the flags of a checkpoint.
     typed = {word.partition("=")[0].replace("--no-", "--") for word in argv if word.startswith("--")}
     args, model, saved = parser.parse_args(argv), None, None
     defaults = PRESETS[args.preset]
@@ -258,9 +260,9 @@ def parse_flags(argv):
         model, saved = load_checkpoint(args.resume or args.score, **changes)
         defaults = saved["flags"] | ({"device": DEVICE} if args.score else {})
     if args.resume and not (args.resume.is_dir() and "optimizer" in saved):
-        parser.error("--resume needs the folder of a run; any checkpoint can be evaluated with --score")
+        parser.error("--resume needs the folder of a run; to evaluate any checkpoint, use --score")
     parser.set_defaults(**defaults)
-    args = parser.parse_args(argv)          # once more: what was typed replaces the new defaults
+    args = parser.parse_args(argv)
     of_gates = {"--gate", "--gate_bias", "--halt", "--lam", "--lam_ramp"}
     unused = {"plain": of_gates | {"--confidence"}, "tsa": {"--confidence"}, "exit": of_gates}
     if wrong := typed & unused.get(args.model, set()):
@@ -290,7 +292,7 @@ def main(argv=None):
                 raise ValueError(message)
             print(f"note: {message}")
         if args.out_dir:
-            args.out_dir.mkdir(parents=True, exist_ok=True)         # now, to notice a mistake before training
+            args.out_dir.mkdir(parents=True, exist_ok=True)         # a mistake should show before training
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     if not saved:
@@ -310,13 +312,13 @@ def main(argv=None):
 
 
 def run_program(main):
-    """Run main. Ctrl-C, a closed pipe (as in `train.py | head`), or a diverging loss ends it without a traceback."""
+    """Run main. Ctrl-C, a closed pipe (as in `train.py | head`) or a diverged loss ends it without a traceback."""
     try:
         main()
     except FloatingPointError as error:
         sys.exit(f"error: {error}")
     except (BrokenPipeError, KeyboardInterrupt):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())          # Python writes to it once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())          # Python flushes it once more at exit
         sys.exit(1)
 
 

@@ -1,8 +1,8 @@
 """
 Token-Selective Attention (TSA) in one file: a character-level transformer in which routers, one after each block but
-the last, decide for every token how much the next block changes it. This implements "Adaptive Computation Depth via
-Learned Token Routing in Transformers" (arXiv 2605.05222). A token has a gate for each block but the first. The gate
-scales both updates of the token's state x:
+the last, decide for every token how strongly the next block updates it. This implements "Adaptive Computation Depth via
+Learned Token Routing in Transformers" (arXiv 2605.05222). Each block but the first has a gate for every token. The
+gate scales both updates of the token's state x:
 
     x = x + gate * attn(ln1(x))                     (1)
     x = x + gate * ffn(ln2(x))                      (2)
@@ -17,9 +17,9 @@ Nothing is sampled. A model with gates runs in two ways:
     model(idx)                  full: every block is computed for every token and scaled by its gate, as in training
     model(idx, sparse=True)     sparse: a token whose gate is 0 skips the block and keeps its x
 
-Gates of equation (4) are practically never 0, so a design may set some of them to 0 in a sparse pass.
+Gates of equation (4) are almost never exactly 0, so a design may set small ones to 0 in a sparse pass.
 Shapes: B sequences of T tokens, C = n_embd channels, nh heads of size hs = C / nh, V characters, L blocks. In a sparse
-pass, N of the B * T tokens run a block. S tokens per sequence have keys and values: T, or more with a cache.
+pass, N of the B * T tokens run a block. Attention sees S keys and values per sequence: T, or more with a cache.
 """
 import zipfile
 from dataclasses import dataclass, fields
@@ -35,8 +35,8 @@ class Config:
     """The hyperparameters of a model. train.py has the paper's as `--preset paper`."""
     model: str = "tsa"          # a name in MODELS
     gate: str = "skip"          # tsa: a name in GATES
-    gate_bias: float = -1.0     # tsa: initial b2 of equation (3): -1 makes gates near 0.73, a larger bias smaller ones
-    halt: bool = False          # tsa: multiply each gate by the one before, so that it stays 0 once it is 0
+    gate_bias: float = -1.0     # tsa: initial b2 of equation (3): -1 starts gates near 0.73, larger values start lower
+    halt: bool = False          # tsa: multiply each gate by the previous one, so that it stays 0 once it is 0
     confidence: float = 0.9     # exit: exit once the largest probability exceeds this
     vocab_size: int = 65
     block_size: int = 64        # maximum sequence length
@@ -51,9 +51,9 @@ class Config:
 
 class Router(nn.Module):
     """
-    Computes the gate of the next block from the state after this one. A design derives from GateMLP, the paper's router,
-    and overrides `scale`, `gate` or `sparse_gate`, or it derives from Router and defines a `scale` with layers of its
-    own. A token's gate may depend on its own x and gates only: in generation, x holds just the newest token.
+    Computes the gate of the next block from the state after this one. A design derives from the paper's GateMLP and
+    overrides `scale`, `gate` or `sparse_gate`, or it derives from Router and defines a `scale` with layers of its own.
+    A token's gate may depend on its own x and gates only: in generation, x holds just the newest token.
     """
 
     def __init__(self, config):
@@ -68,11 +68,11 @@ class Router(nn.Module):
         return gate
 
     def gate(self, scale):
-        """Equation (4): the scale itself. Evaluation calls this, too, so add noise only `if self.training`."""
+        """The gate, made from 1 - p: unless overridden, the same. Add noise only `if self.training`."""
         return scale
 
     def sparse_gate(self, gate):
-        """The gate in a sparse pass, made from the one that was trained. Unless overridden, it is the same."""
+        """The gate in a sparse pass, made from the one in training: unless overridden, the same."""
         return gate
 
 
@@ -87,7 +87,7 @@ class GateMLP(Router):
         nn.init.constant_(self.out.bias, config.gate_bias)
 
     def scale(self, x, gates):
-        """1 - p (B, T) of equation (3). The sigmoid is in float32, because bfloat16 would round a p near 1 to 1."""
+        """1 - p (B, T), equations (3) and (4). In float32, because bfloat16 would round a p near 1 to 1."""
         return 1 - torch.sigmoid(self.out(F.relu(self.fc(x))).squeeze(-1).float())
 
 
@@ -119,7 +119,7 @@ GATES = {"soft": Soft, "skip": Skip, "stretch": Stretch, "straight": Straight}
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention without biases. Queries may come from only some tokens, keys and values from all."""
+    """Causal multi-head attention without biases. Queries may come from some tokens only, keys and values from all."""
 
     def __init__(self, config):
         super().__init__()
@@ -132,9 +132,9 @@ class Attention(nn.Module):
     def forward(self, h, kv, rows=None):
         """h (B, T, C), keys and values kv (B, S, 2C) -> (B, T, C), or (N, C) for the N tokens of `rows` (see Block)."""
         B, T, C = h.shape
-        assert T in (1, kv.size(1)), "once the cache has tokens, pass one at a time"    # is_causal assumes S = T
+        assert T in (1, kv.size(1)), "once the cache has tokens, pass one at a time"    # is_causal needs S = T
         q, mask = self.query(h if rows is None else h[rows]), None
-        if rows is not None:    # the kernel needs n queries per sequence: others than those of the N tokens are 0
+        if rows is not None:    # the kernel needs as many queries from each sequence: n, padded with zeros
             rows, n, mask = pack(rows, B, T)
             q = q.new_zeros(B, n, C).index_put_(rows, q)
         k, v = kv.chunk(2, dim=-1)                                      # (B, S, C) each
@@ -147,17 +147,17 @@ class Attention(nn.Module):
 
 def pack(rows, B, T):
     """
-    Put the queries of the N tokens `rows` (see Block) side by side, in n places per sequence. Return rows with places
-    instead of positions, n, and the causal mask (B, 1, n, T); if most tokens are open, rows, T and None (is_causal).
+    Move the queries of the N tokens `rows` (sequences, positions) side by side, to places 0, 1, ... of each sequence.
+    Return their sequences and places, the number n of places, and the causal mask (B, 1, n, T).
     """
     b, t = rows
-    if 2 * len(b) >= B * T or T == 1:
-        return rows, T, None            # with a mask, the kernel computes twice as much per query
+    if 2 * len(b) >= B * T or T == 1:           # most tokens are open: is_causal is faster than a mask
+        return rows, T, None
     count = torch.bincount(b, minlength=B)                              # (B,)
     first = count.cumsum(0) - count             # where each sequence begins among the N tokens
     place = torch.arange(len(b), device=b.device) - first[b]            # (N,)
     n = count.max().item()
-    position = t.new_zeros(B, n).index_put_((b, place), t)              # (B, n)
+    position = t.new_zeros(B, n).index_put_((b, place), t)              # (B, n), 0 in unused places
     mask = position.unsqueeze(-1) >= torch.arange(T, device=b.device)   # (B, n, T)
     return (b, place), n, mask.unsqueeze(1)
 
@@ -189,7 +189,7 @@ class Block(nn.Module):
     def forward(self, x, gate=None, sparse=False, cache=None):
         """
         x (B, T, C), gate (B, T) -> (B, T, C). Without a gate, this is the plain block. If sparse, only the N tokens
-        whose gate is not 0 are computed; for the same gates, the result is the same.
+        whose gate is not 0 run it (all have keys and values); for the same gates, the result is the same.
         """
         y, rows = x, None
         if sparse:
@@ -220,7 +220,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        assert config.n_layer > 1 or not isinstance(self, (TSA, Exit)), "block 0 always runs: nothing could be skipped"
+        assert config.n_layer > 1 or not isinstance(self, (TSA, Exit)), "block 0 always runs, so skipping needs two"
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)       # also the output head (tied)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -228,7 +228,7 @@ class Transformer(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
         for embedding in (self.wte, self.wpe):
             nn.init.normal_(embedding.weight, std=0.02)
-        # As in GPT-2: x is the sum of 2L updates, so each starts with 1 / (2L) of the variance.
+        # As in GPT-2: x is the sum of 2L updates, so each starts with 1 / (2L) of the variance. (Others: as in PyTorch)
         for block in self.blocks:
             for linear in (block.attn.proj, block.ffn.proj):
                 nn.init.normal_(linear.weight, std=0.02 / (2 * config.n_layer) ** 0.5)
@@ -237,7 +237,7 @@ class Transformer(nn.Module):
         """idx (B, T) -> x (B, T, C), at the positions after those in the cache."""
         start = cache.length if cache else 0
         end = start + idx.size(1)
-        assert 0 < end <= self.config.block_size, f"{end} tokens, but the context has 1 to {self.config.block_size}"
+        assert 0 < end <= self.config.block_size, f"{end} tokens, but the model takes 1 to {self.config.block_size}"
         x = self.wte(idx) + self.wpe.weight[start:end]
         return F.dropout(x, self.config.dropout, self.training)
 
@@ -262,7 +262,7 @@ class Transformer(nn.Module):
         return token_loss(logits, targets).mean(), gates
 
     def depth_loss(self, gates):
-        """gates (L, B, T) -> the term of the loss that `lam` multiplies. A model without routers has none."""
+        """gates (L, B, T) -> the term of the loss that `lam` multiplies: 0 without routers."""
         return 0
 
 
@@ -284,7 +284,7 @@ class TSA(Transformer):
         # Block 0 has no router, because before it has run, x says nothing about the context.
         x = first(self.embed(idx, caches[0]), cache=caches[0])          # (B, T, C)
         ones = torch.ones(idx.shape, device=idx.device)
-        gates, used = [ones], [ones]            # routers see `gates`, blocks get `used`
+        gates, used = [ones], [ones]            # routers see `gates`, as in training; blocks get `used`
         for router, block, cache in zip(self.routers, others, caches[1:]):
             gate = router(x, gates)                                     # (B, T)
             gates.append(gate)
@@ -301,7 +301,7 @@ class Exit(Transformer):
     """
     Early exit, the paper's baseline (Elbayad et al. 2020, arXiv 1910.10073). In training, every token runs all blocks,
     and the model predicts after each, with a LayerNorm per block and the tied head. In a sparse pass, a token exits
-    once its largest probability exceeds config.confidence, but not after block 0, as in the TSA paper.
+    once its largest probability exceeds config.confidence. As in the TSA paper, it cannot exit after block 0.
     """
 
     def __init__(self, config):
@@ -319,7 +319,7 @@ class Exit(Transformer):
         for block, norm, cache in zip(others, self.norms()[1:], caches[1:]):
             x = block(x, running, sparse, cache)
             gates.append(running)
-            rows = running.nonzero(as_tuple=True)                               # the N tokens that ran the block
+            rows = running.nonzero(as_tuple=True)                       # of the N tokens that ran the block
             prediction = self.head(norm(x[rows]))                       # (N, V)
             logits = logits.index_put(rows, prediction)
             unsure = prediction.softmax(-1).amax(-1) <= self.config.confidence
@@ -347,7 +347,7 @@ MODELS = {"plain": Transformer, "tsa": TSA, "exit": Exit}
 def load_checkpoint(path, **changes):
     """
     Return the model of a checkpoint (or of the ckpt.pt in a folder), in eval mode on the CPU, and the saved dictionary.
-    `changes` replace fields of its Config. Raise OSError or ValueError if that fails.
+    `changes` replace fields of its Config. Raise OSError or ValueError if it cannot be loaded.
     """
     path = Path(path, "ckpt.pt") if Path(path).is_dir() else path
     with open(path, "rb") as file:
@@ -361,7 +361,7 @@ def load_checkpoint(path, **changes):
             raise ValueError(f"{path} is damaged or from another version of train.py") from None
     config = Config(**saved["config"] | changes)
     if config.model not in MODELS or (config.model == "tsa" and config.gate not in GATES):
-        raise ValueError(f"{path}: there is no model {config.model} with gate {config.gate} in tsa.py")
+        raise ValueError(f"{path}: tsa.py has no model {config.model} with gate {config.gate}")
     model = MODELS[config.model](config)
     try:
         model.load_state_dict(saved["model"])
@@ -370,30 +370,31 @@ def load_checkpoint(path, **changes):
     return model.eval(), saved
 
 
-def multiply_adds(model, ran, T=None, plain=False):
-    """Multiply-adds per token in a pass over T tokens of which ran[l] (0 to 1) run block l, or of a plain model."""
+def multiply_adds(model, ran, T=None):
+    """Multiply-adds per token in a pass over T tokens of which ran[l] (0 to 1) run block l, and of the plain model."""
     def size(module):           # of its matrices: one multiply-add per weight and token (vectors do not count)
         return sum(weight.numel() for weight in module.parameters() if weight.dim() > 1)
 
     T = T or model.config.block_size
-    total = size(model.wte)             # the head
-    if plain:
-        ran = [1] * len(ran)
-    elif isinstance(model, Exit):       # it predicts after each block but the first
-        total *= sum(ran[1:])
+    total = plain = size(model.wte)             # the head
+    if isinstance(model, Exit):
+        total *= sum(ran[1:])                   # it predicts after each block but the first
     elif isinstance(model, TSA):
         total += size(model.routers)
     for share, block in zip(ran, model.blocks):
-        # An upper limit: keys, values, and attention to T / 2 keys on average (C multiply-adds each for score and
-        # value) are charged to all tokens.
+        # An upper bound: every token is charged for keys, values, and attention to T / 2 keys on average, with C
+        # multiply-adds each for score and value.
         key_value = size(block.attn.key_value)
-        total += key_value + T * model.config.n_embd + share * (size(block) - key_value)
-    return total
+        always = key_value + T * model.config.n_embd
+        total += always + share * (size(block) - key_value)
+        plain += always + size(block) - key_value
+    return total, plain
 
 
 def saving(model, ran, T=None):
     """The fraction saved relative to a plain model with as many layers (negative if routers cost more)."""
-    return 1 - multiply_adds(model, ran, T) / multiply_adds(model, ran, T, plain=True)
+    total, plain = multiply_adds(model, ran, T)
+    return 1 - total / plain
 
 
 class Cache:
