@@ -479,7 +479,7 @@ def test_speedup_is_the_median_over_that_of_a_plain_pass(monkeypatch):
 
 def test_an_interrupted_run_resumes_to_the_bit(monkeypatch):
     """After a stop in the middle of saving, on another machine, the weights and the result are those of a whole run."""
-    flags = "--max_iters 6 --eval_interval 2 --dropout 0.1 --seed 5 --gate everything --lam 0.1"
+    flags = "--max_iters 6 --eval_interval 2 --dropout 0.1 --seed 5 --gate everything --lam 0.1 --lam_ramp 0.9"
 
     def save_or_stop(run, path, save=torch.save):
         save(run, path)
@@ -532,12 +532,14 @@ def test_a_gate_that_raises_in_training_leaves_no_folder(monkeypatch):
 def test_score_evaluates_another_gate_and_writes_nothing(flags, changes, capsys, monkeypatch):
     """A model may be better with a gate that it was not trained with. Speeds are replaced, because they vary."""
     monkeypatch.setattr(train, "speedup", lambda model, idx: 1.0)
-    fit("--max_iters 1 --gate_bias 0")
+    monkeypatch.setattr(train, "DEVICE", "cpu")
+    saved = fit("--max_iters 1 --gate_bias 0")
+    torch.save(saved | {"flags": saved["flags"] | {"device": "nosuch"}}, "run/ckpt.pt")         # from another machine
     before = sorted(Path().rglob("*"))
     capsys.readouterr()
     train.score(load_checkpoint("run", **changes)[0], *data.load("t.txt").windows("val", 16), timed=True)
     expected = capsys.readouterr().out
-    train.main(["--score", "run/ckpt.pt", "--device=cpu", *flags])
+    train.main(["--score", "run/ckpt.pt", *flags])
     assert capsys.readouterr().out == expected and sorted(Path().rglob("*")) == before
 
 
@@ -560,7 +562,7 @@ def test_runs_are_numbered_and_sample_shows_the_newest(capsys):
         train.main(f"{SMALL} --max_iters 1 --model {model}".split())
     assert sorted(os.listdir("out")) == ["exit-1", "tsa-1", "tsa-2"]
     os.utime("out/tsa-1/ckpt.pt", (4e9, 4e9))
-    for flags, shown in [([], Path("out/tsa-1/ckpt.pt")), (["out/tsa-2"], Path("out/tsa-2"))]:
+    for flags, shown in [([], Path("out/tsa-1/ckpt.pt")), (["out/tsa-2", "--map"], Path("out/tsa-2"))]:
         sample.main(["--device=cpu", "--max_new_tokens=2", *flags])
         assert capsys.readouterr().err.startswith(f"{shown}, ")
 
@@ -595,6 +597,7 @@ def mistakes():
     (train, "--dropout 1.5", "not a number from 0 to 1"), (train, "--n_embd 16 --n_head 3", "not divisible"),
     (train, "--model plain --lam 5", "--lam has no effect with --model plain"),
     (train, "--confidence 0.5", "--confidence has no effect with --model tsa"),
+    (train, "--model exit --lam_ramp 0.5 --no-halt", "--halt, --lam_ramp has no effect"),
     (train, "--n_layer 1", "needs --n_layer 2"), (train, "--out_dir run", "continue it with --resume run"),
     (train, "--resume run/ckpt.pt", "the folder of a run"), (train, "--resume run --lam 1", "--lam cannot be combined"),
     (train, "--score run --lam 1", "--lam cannot be combined"), (train, "--resume run", "not the text"),
@@ -620,13 +623,14 @@ def test_a_mistake_ends_in_one_line(program, flags, words, mistakes, capsys):
 @pytest.mark.parametrize("design, flag", [("soft", "--map"), ("skip", "--map"), ("exit", "--no-sparse")])
 def test_map_shows_the_prediction_after_each_block(design, flag, capsys):
     """A cell is what the model would predict if it stopped after that block, and blank if the token skipped it."""
-    model, prompt, answers = tiny(**DESIGNS[design]), "2301a0bcd", "230120301"          # a and b name positions 1 and 2
+    model = tiny(**DESIGNS[design], vocab_size=12)
+    prompt, answers = "2301a0bcd", "230120301"          # a and b name positions 1 and 2
     sparse = design == "skip"           # by default, only soft gates run in full
-    save(model, vocab="\n \t0123abcd", flags={"data": "chain"})
-    gates, logits = pass_by_hand(model, data.encode(prompt, "\n \t0123abcd")[None], sparse)
+    save(model, vocab="\n \t\f0123abcd", flags={"data": "chain"})
+    gates, logits = pass_by_hand(model, data.encode(prompt, "\n \t\f0123abcd")[None], sparse)
     rows = [f"token    {' '.join(prompt)}", "name     a b c d e f g h i", "answer  "]
     for l, (predicted, gate) in enumerate(zip(logits, gates)):
-        letters = ["⏎␣⇥0123abcd"[i] for i in predicted[0].argmax(-1)]
+        letters = ["⏎␣⇥·0123abcd"[i] for i in predicted[0].argmax(-1)]
         rows.insert(0, f"block {l}  {' '.join(c if is_open else ' ' for c, is_open in zip(letters, gate[0]))}".rstrip())
     for c, answer in zip(letters, answers):
         rows[-1] += (" " if c == answer else "!") + answer
