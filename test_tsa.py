@@ -170,6 +170,24 @@ def test_halt_multiplies_gates_before_a_sparse_pass_sets_small_ones_to_0():
     assert_close(router.sparse_gate(torch.cat(gates)).T.tolist(), [[1.0, 0.4, 0.16, 0.0], [0.0, 0.0, 0.0, 0.0]])
 
 
+def test_feed_forward_has_the_exact_gelu():
+    """Not its approximation by tanh, as in GPT-2."""
+    ffn, x = tiny().blocks[0].ffn, torch.linspace(-3, 3, 16, dtype=torch.double)
+    hidden = ffn.fc(x)
+    assert_close(ffn(x), ffn.proj(hidden * (1 + torch.erf(hidden / 2 ** 0.5)) / 2))
+
+
+@pytest.mark.parametrize("B", [1, 3])
+@pytest.mark.parametrize("share", ["full pass", 0, 0.1, 0.3, 0.5, 0.9, 1])
+def test_block_is_equations_1_and_2_whatever_the_share_of_open_tokens(share, B):
+    """In a sparse pass, each open token attends to its own past, also next to sequences with fewer or more of them."""
+    torch.manual_seed(4)
+    block, x, gate = tiny().blocks[1], torch.randn(B, 16, 16).double(), torch.rand(B, 16).double()
+    if share != "full pass":
+        gate = gate * (torch.rand(B, 16) < share)
+    assert_close(block(x, gate, sparse=share != "full pass"), block_by_hand(block, x, gate))
+
+
 @pytest.mark.parametrize("unseen, place", [("the future", np.s_[:, 9:]), ("another sequence", np.s_[1:])])
 @pytest.mark.parametrize("sparse, in_training", [(False, False), (True, False), (False, True)])
 @all_designs
@@ -195,16 +213,6 @@ def test_design_passes_a_gradient_to_its_routers(design):
     weights = dict(model.routers.named_parameters())
     without = [name for name, weight in weights.items() if weight.grad is None or not weight.grad.any()]
     assert without == [], f"{design} passes no gradient to {without}"
-
-
-@pytest.mark.parametrize("B", [1, 3])
-@pytest.mark.parametrize("share", [0, 0.1, 0.3, 0.5, 0.9, 1])
-def test_sparse_block_equals_one_written_out(share, B):
-    """Whatever the fraction of open tokens, and the number of them in a sequence, each attends to its own past."""
-    torch.manual_seed(4)
-    block, x = tiny().blocks[1], torch.randn(B, 16, 16, dtype=torch.double)
-    gate = torch.rand(B, 16).double() * (torch.rand(B, 16) < share)
-    assert_close(block(x, gate, sparse=True), block_by_hand(block, x, gate))
 
 
 @full_and_sparse
@@ -323,18 +331,32 @@ def test_text_is_split_and_cut_into_windows_with_the_next_character_as_target(na
     with zipfile.ZipFile("data/enwik8.zip", "w") as archive:
         archive.writestr("enwik8", text)
     corpus = data.load(name)
-    assert corpus.vocab == text and corpus.prompt == text[a:a + 32]
+    assert corpus.vocab == text
     for split, start, end in [("train", 0, a), ("val", a, b), ("test", b, 107)]:
         idx, targets = corpus.windows(split, 2)
         assert idx.tolist() == [[i, i + 1] for i in range(start, end - 2, 2)] and torch.equal(targets, idx + 1)
-    assert len(corpus.windows("val", b - a - 1)[0]) == 1
-    idx, targets = corpus.batch(3000, 16)           # windows begin anywhere, but none reaches into the validation split
-    assert set(idx[:, 0].tolist()) == set(range(a - 16)) and torch.equal(targets, idx + 1)
+
+
+def test_training_windows_begin_anywhere_in_the_training_split():
+    """None reaches into the validation split, from whose beginning the prompt is taken."""
+    corpus = data.text_data("".join(map(chr, range(100, 200))), (0.8, 0.9))         # token i is at place i
+    idx, targets = corpus.batch(3000, 16)
+    assert set(idx[:, 0].tolist()) == set(range(80 - 16)) and torch.equal(targets, idx + 1)
+    assert data.encode(corpus.prompt, corpus.vocab).tolist() == list(range(80, 100))
+
+
+def test_a_window_may_be_as_long_as_its_split():
+    """One that is longer ends in an error message."""
+    corpus = data.text_data("".join(map(chr, range(100, 200))), (0.8, 0.9))
+    assert len(corpus.windows("val", 9)[0]) == 1
+    with pytest.raises(ValueError, match="be at most 9"):
+        corpus.windows("val", 10)
 
 
 def test_target_of_a_chain_is_the_digit_that_the_letters_lead_to():
-    """With wrong targets, a model could only guess."""
+    """With wrong targets, a model could only guess. A fifth of the positions below row 0 hold a digit."""
     corpus = data.load("chain")
+    assert (corpus.splits["train"][0].view(-1, 30)[:, 6:] < 10).double().mean().item() == pytest.approx(0.2, abs=0.01)
     assert data.chain_answers("837254efacdb6kjhgl0q2mr7wu43vs") == "837254548723627453052637324360"     # by hand
     for row, target in [*zip(*corpus.windows("val", 30)), *zip(*corpus.batch(64, 30))]:     # whole puzzles
         text, answers = ("".join(corpus.vocab[i] for i in part) for part in (row, target))
@@ -390,7 +412,22 @@ def test_schedule_is_warmup_times_cosine(step, warmup, expected):
     assert train.schedule(step, warmup, 11) == pytest.approx(expected, abs=1e-4)
 
 
-def test_ten_steps_seed_train_clip_and_update_like_a_loop_written_out():
+def test_random_numbers_of_a_step_depend_on_seed_and_step():
+    """Runs with other seeds must not share batches, as they would with the sum of the two."""
+    a, b, c = [train.seed_step(*pair) or torch.rand(()).item() for pair in ((0, 1), (1, 0), (0, 1))]
+    assert a == c != b
+
+
+def test_training_has_dropout_and_clips_gradients_to_norm_1(monkeypatch):
+    """Evaluation, which comes before each step, has no dropout."""
+    norms, modes, embed = [], [], tsa.Transformer.embed
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, norm: norms.append(norm))
+    monkeypatch.setattr(tsa.Transformer, "embed", lambda self, *args: modes.append(self.training) or embed(self, *args))
+    fit("--max_iters 2 --eval_interval 1")
+    assert norms == [1.0, 1.0] and modes.count(True) == 2
+
+
+def test_ten_steps_equal_a_loop_written_out():
     """Its order: seed, learning rate, lambda, loss, clipping, update. The parts have tests of their own above."""
     saved = fit("--max_iters 10 --learning_rate 0.02 --warmup_iters 4 --lam 0.3 --lam_ramp 0.5 --seed 5 --dropout 0.1")
     corpus, seeds = data.load("t.txt"), [np.random.SeedSequence((5, step)) for step in range(11)]
@@ -433,10 +470,13 @@ def test_dtype_and_compile_are_obeyed(monkeypatch):
 
 
 def test_progress_shows_the_time_per_step_and_what_is_left(monkeypatch, capsys):
-    """By hand: 20 steps in 6 seconds, and 40 more to come."""
-    monkeypatch.setattr(train.time, "perf_counter", lambda clock=iter(range(0, 999, 6)): next(clock))
-    fit("--max_iters 60")
+    """By hand: 20 steps in 6 seconds, and 40 more to come, or 20 if the run resumes after step 20."""
+    monkeypatch.setattr(train.time, "perf_counter", lambda clock=iter(range(0, 9999, 6)): next(clock))
+    saved = fit("--max_iters 60")
     assert "  300 ms/step, 0.2 min left\nstep 40/60  " in capsys.readouterr().out
+    torch.save(saved | {"step": 20}, "run/ckpt.pt")
+    train.main("--resume run".split())
+    assert "  300 ms/step, 0.1 min left\nstep 60/60  " in capsys.readouterr().out
 
 
 def test_score_prints_what_runs_and_what_the_paper_counts(capsys, monkeypatch):
@@ -562,7 +602,7 @@ def test_runs_are_numbered_and_sample_shows_the_newest(capsys):
         train.main(f"{SMALL} --max_iters 1 --model {model}".split())
     assert sorted(os.listdir("out")) == ["exit-1", "tsa-1", "tsa-2"]
     os.utime("out/tsa-1/ckpt.pt", (4e9, 4e9))
-    for flags, shown in [([], Path("out/tsa-1/ckpt.pt")), (["out/tsa-2", "--map"], Path("out/tsa-2"))]:
+    for flags, shown in [([], Path("out/tsa-1/ckpt.pt")), (["out/tsa-2"], Path("out/tsa-2"))]:
         sample.main(["--device=cpu", "--max_new_tokens=2", *flags])
         assert capsys.readouterr().err.startswith(f"{shown}, ")
 
@@ -605,7 +645,7 @@ def mistakes():
     (train, "--resume gpu", "cannot use the device nosuch"), (sample, "run --device nosuch", "cannot use the device"),
     (train, "--gate_bias nan", "not a number"), (train, "--data nosuch", "No such file"),
     (train, "--data latin1.txt", "decode"),
-    (train, "--data t.txt --block_size 9999", "be at most 1358"), (train, "--data chain", "--block_size must be 30"),
+    (train, "--data chain", "--block_size must be 30"),
     (sample, "flipped.pt", "flipped.pt is damaged"), (sample, "bomb.pt", "bomb.pt is damaged"),
     (sample, "gate.pt", "has no model tsa with gate nosuch"), (sample, "size.pt", "size.pt does not fit tsa.py"),
     (sample, "chain.pt --prompt=", "at least one character"), (sample, "chain.pt --prompt 7bc", "'b' at position 2"),
@@ -655,13 +695,24 @@ def test_color_of_a_character_is_its_depth(sparse, capsys, monkeypatch):
     assert capsys.readouterr().out == f"abc\033[30;48;5;{color}m{'abcdefghijk'[new]}\033[0m\n"
 
 
-def test_sample_obeys_its_flags(capsys):
-    """Each is compared with the same command without it."""
+@pytest.mark.parametrize("flag", ["--seed=8", "--gate=soft", "--top_k=1", "--temperature=0", "--prompt=bcd"])
+def test_sample_obeys_its_flag(flag, capsys):
+    """The same command without it prints something else, and with it, the same twice."""
     save(tiny(**DESIGNS["skip"]).float())
-    printed = {}
-    for flags in ("", "--seed=8", "--seed=0", "--gate=soft", "--top_k=1", "--temperature=0", "--map --prompt=abcdefgh"):
-        sample.main(["x.pt", "--device=cpu", "--max_new_tokens=50", *flags.split()])
-        printed[flags] = capsys.readouterr()
-    assert printed["--seed=8"] != printed[""] == printed["--seed=0"] and "full: all" in printed["--gate=soft"].err
-    assert printed["--top_k=1"].out == printed["--temperature=0"].out != printed[""].out
-    assert printed["--map --prompt=abcdefgh"].out.startswith("block 3")
+    printed = []
+    for flags in ([], [flag], [flag, "--seed=8"], [flag, "--seed=0"]):
+        sample.main(["x.pt", "--device=cpu", "--max_new_tokens=50", *flags])
+        printed.append(capsys.readouterr())
+    without, once, other_seed, twice = printed
+    assert once != without and (flag == "--seed=8" or once == twice)
+    assert (once == other_seed) == (flag in ("--seed=8", "--top_k=1", "--temperature=0"))
+
+
+def test_map_of_a_run_is_as_wide_as_the_terminal(monkeypatch, capsys):
+    """The prompt that train.py stores fits the context, and what does not fit a line continues below."""
+    monkeypatch.setenv("COLUMNS", "20")
+    fit("--max_iters 1")
+    capsys.readouterr()
+    sample.main(["run", "--device=cpu", "--map"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("block 2") and max(map(len, lines)) == 20
