@@ -140,7 +140,8 @@ def new_folder(model):
 @torch.no_grad()
 def evaluate(model, idx, targets, sparse):
     """Windows idx, targets (n, T) -> the mean loss, each block's mean gate, and the fraction of tokens that ran it."""
-    device, losses, gate_sum, ran = model.wte.weight.device, [], 0, 0
+    device = model.wte.weight.device
+    losses, gate_sum, ran = [], 0, 0
     for x, y in zip(idx.split(64), targets.split(64)):
         logits, gates = model(x.to(device), sparse)                             # gates (L, B, T)
         losses.append(token_loss(logits, y.to(device)).sum())
@@ -172,19 +173,21 @@ def spaced(numbers):
 def score(model, idx, targets, timed=False):
     """Evaluate windows idx, targets (n, T). Print and return the scores. If timed, also print the speed-up."""
     model.eval()
+    kind = model.config.model
     print(f"evaluation on {len(idx):,} windows", flush=True)
     val_loss, gates, ran = evaluate(model, idx, targets, sparse=False)
-    kind, val_loss_sparse = model.config.model, val_loss
+    val_loss_sparse = val_loss
     if kind != "plain":         # a plain model has nothing to skip
         val_loss_sparse, _, ran = evaluate(model, idx, targets, sparse=True)
+    saved = saving(model, ran, idx.size(1))
     counted = ran if kind == "exit" else gates          # in token-layer operations (TLOps), the paper's unit
-    tlops_saved, saved = 1 - sum(counted) / len(counted), saving(model, ran, idx.size(1))
+    tlops_saved = 1 - sum(counted) / len(counted)
     by_count = f"  {tlops_saved:.1%} saved by the paper's count"
     print(f"full   loss {val_loss:.4f}" + (f"  gates {spaced(gates)}{by_count}" if kind == "tsa" else ""))
     if kind != "plain":
+        more_or_fewer = f"{abs(saved):.1%} {'fewer' if saved >= 0 else 'more'} multiply-adds"
         times = f", {speedup(model, idx):.1f}x as fast" if timed else ""
-        print(f"sparse loss {val_loss_sparse:.4f}  open  {spaced(ran)}  {abs(saved):.1%}",
-              f"{'fewer' if saved >= 0 else 'more'} multiply-adds{times}")
+        print(f"sparse loss {val_loss_sparse:.4f}  open  {spaced(ran)}  {more_or_fewer}{times}")
     if kind == "exit":
         print(" " * 6 + by_count)
     return dict(val_loss=val_loss, val_loss_sparse=val_loss_sparse, tlops_saved=tlops_saved, blocks=sum(ran),
