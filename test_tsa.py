@@ -163,11 +163,13 @@ def test_gate_follows_its_definition(design, full, sparse, slope):
 def test_halt_multiplies_gates_before_a_sparse_pass_sets_small_ones_to_0():
     """Gates of 0.4, 0.16 and 0.064 in training: a sparse pass skips the third block. A token that stopped stays out."""
     router = GATES["skip"](Config(halt=True))
-    router.scale = lambda x, gates: torch.full((1, 2), 0.4)
+    scale = torch.full((1, 2), 0.4, requires_grad=True)
+    router.scale = lambda x, gates: scale
     gates = [torch.tensor([[1.0, 0.0]])]
     for _ in range(3):
         gates.append(router(torch.zeros(1, 2, 128), gates))
     assert_close(router.sparse_gate(torch.cat(gates)).T.tolist(), [[1.0, 0.4, 0.16, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    assert_close(torch.autograd.grad(gates[2].sum(), scale)[0].tolist(), [[0.8, 0.0]])        # through both factors
 
 
 def test_feed_forward_has_the_exact_gelu():
@@ -212,7 +214,7 @@ def test_design_passes_a_gradient_to_its_routers(design):
     model.loss(idx, idx)[0].backward()
     weights = dict(model.routers.named_parameters())
     without = [name for name, weight in weights.items() if weight.grad is None or not weight.grad.any()]
-    assert without == [], f"{design} passes no gradient to {without}"
+    assert without == [], f"{design} passes no gradient to {without} (a rounded gate needs one: see Straight)"
 
 
 @full_and_sparse
@@ -291,11 +293,12 @@ def test_counted_multiply_adds_are_those_that_ran(design, T):
     with FlopCounterMode(display=False) as counter, train.sdpa_kernel(train.SDPBackend.MATH), torch.no_grad():
         _, gates = model(tokens(T=T), sparse=True)
     ran = (gates != 0).double().mean((1, 2)).tolist()
-    flops = counter.get_flop_counts()["Global"]
-    attention = flops.pop(torch.ops.aten.bmm)
-    counted = sum(flops.values()) / 2 / (3 * T)         # per token: two flops are one multiply-add
+    flops = counter.get_flop_counts()
+    attention = sum(flops[name].get(torch.ops.aten.bmm, 0) for name in flops if name.endswith(".attn"))
+    counted = (counter.get_total_flops() - attention) / 2 / (3 * T)     # per token: two flops are one multiply-add
     counted += 4 * T * 16 + ran.count(0) * 2 * 16 ** 2          # charged
-    assert multiply_adds(model, ran, T)[0] == pytest.approx(counted) and attention <= 4 * 2 * 2 * 3 * T * T * 16
+    assert multiply_adds(model, ran, T)[0] == pytest.approx(counted), f"{design}: one for each weight of a matrix"
+    assert attention <= 4 * 2 * 2 * 3 * T * T * 16
     plain = 4 * (12 * 16 ** 2 + T * 16) + 11 * 16               # the weights and scores of four blocks, the head
     assert saving(model, ran, T) == pytest.approx(1 - counted / plain)
 
@@ -315,7 +318,7 @@ def test_generation_with_cache_top_k_and_restart_equals_a_slow_loop(design, spar
         if top_k:
             p = p.scatter(1, order[:, top_k:], 0)
         assert torch.equal(new, torch.multinomial(p, 1) if temperature else order[:, :1])
-        assert_close(gates, all_gates[:, :, -1])
+        assert_close(gates, all_gates[:, :, -1], msg=f"{design}: its gates depend on other tokens, maybe earlier ones")
         idx = torch.cat([idx, new], dim=1)
 
 
@@ -506,7 +509,7 @@ def test_score_of_plain_models_and_early_exit_counts_the_blocks_that_ran(model, 
 def test_speedup_is_the_median_over_that_of_a_plain_pass(monkeypatch):
     """Next to its own full pass, a design would seem faster if it skipped nothing; the best round is not typical."""
     model, now = tiny(), [0]
-    sparse_seconds = iter([9, 9, 9, 9, 2, 2, 2, 2, 2, 2, 2, 2, 2, 1, 1, 1])         # a plain pass takes 6 seconds
+    sparse_seconds = iter([9] + [9] * 7 + [2] + [1] * 7)         # after a warm-up; a plain pass takes 6 seconds
 
     def forward(self, x, gate=None, sparse=False, cache=None):
         if self is model.blocks[1]:
@@ -647,7 +650,7 @@ def mistakes():
     (train, "--data latin1.txt", "decode"),
     (train, "--data chain", "--block_size must be 30"),
     (sample, "flipped.pt", "flipped.pt is damaged"), (sample, "bomb.pt", "bomb.pt is damaged"),
-    (sample, "gate.pt", "has no model tsa with gate nosuch"), (sample, "size.pt", "size.pt does not fit tsa.py"),
+    (sample, "gate.pt", "has no model tsa with gate nosuch"), (sample, "size.pt", "size.pt has other weights"),
     (sample, "chain.pt --prompt=", "at least one character"), (sample, "chain.pt --prompt 7bc", "'b' at position 2"),
     (sample, "chain.pt --prompt §", r"vocabulary: '\xa7'"), (sample, f"chain.pt --prompt {'7' * 17}", "at most 16")])
 def test_a_mistake_ends_in_one_line(program, flags, words, mistakes, capsys):

@@ -179,19 +179,19 @@ def score(model, idx, targets, timed=False):
     val_loss_sparse = val_loss
     if kind != "plain":         # a plain model has nothing to skip
         val_loss_sparse, _, ran = evaluate(model, idx, targets, sparse=True)
-    saved = saving(model, ran, idx.size(1))
+    less = saving(model, ran, idx.size(1))
     counted = ran if kind == "exit" else gates          # in token-layer operations (TLOps), the paper's unit
     tlops_saved = 1 - sum(counted) / len(counted)
     by_count = f"  {tlops_saved:.1%} saved by the paper's count"
     print(f"full   loss {val_loss:.4f}" + (f"  gates {spaced(gates)}{by_count}" if kind == "tsa" else ""))
     if kind != "plain":
-        more_or_fewer = f"{abs(saved):.1%} {'fewer' if saved >= 0 else 'more'} multiply-adds"
+        more_or_fewer = f"{abs(less):.1%} {'fewer' if less >= 0 else 'more'} multiply-adds"
         times = f", {speedup(model, idx):.1f}x as fast" if timed else ""
         print(f"sparse loss {val_loss_sparse:.4f}  open  {spaced(ran)}  {more_or_fewer}{times}")
     if kind == "exit":
         print(" " * 6 + by_count)
     return dict(val_loss=val_loss, val_loss_sparse=val_loss_sparse, tlops_saved=tlops_saved, blocks=sum(ran),
-                saved=saved, gates=gates, ran=ran)
+                saved=less, gates=gates, ran=ran)
 
 
 def bounded(kind, low, high=math.inf):

@@ -63,9 +63,8 @@ class Router(nn.Module):
     def forward(self, x, gates):
         """x (B, T, C), gates [(B, T), ...] of blocks 0 (ones), 1, ... so far -> the gate of block len(gates) (B, T)."""
         gate = self.gate(self.scale(x, gates))
-        gate = gate * gates[-1] if self.halt else gate
         assert gate.shape == x.shape[:2], f"a gate of shape {tuple(gate.shape)} instead of {tuple(x.shape[:2])}, (B, T)"
-        return gate
+        return gate * gates[-1] if self.halt else gate
 
     def gate(self, scale):
         """The gate, made from 1 - p: unless overridden, the same. Add noise only `if self.training`."""
@@ -220,7 +219,6 @@ class Transformer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        assert config.n_layer > 1 or not isinstance(self, (TSA, Exit)), "block 0 always runs, so skipping needs two"
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)       # also the output head (tied)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -275,6 +273,7 @@ class TSA(Transformer):
     """The paper's model: after every block but the last, a router computes the gate of the next block."""
 
     def __init__(self, config):
+        assert config.n_layer > 1, "block 0 always runs, so skipping needs another block"
         super().__init__(config)
         self.routers = nn.ModuleList(GATES[config.gate](config) for _ in range(config.n_layer - 1))
 
@@ -305,6 +304,7 @@ class Exit(Transformer):
     """
 
     def __init__(self, config):
+        assert config.n_layer > 1, "block 0 always runs, so an exit needs another block"
         super().__init__(config)
         self.exit_norms = nn.ModuleList(nn.LayerNorm(config.n_embd) for _ in range(config.n_layer - 1))
 
@@ -365,8 +365,8 @@ def load_checkpoint(path, **changes):
     model = MODELS[config.model](config)
     try:
         model.load_state_dict(saved["model"])
-    except RuntimeError as error:       # it lists the weights, on several lines
-        raise ValueError(f"{path} does not fit tsa.py: {' '.join(str(error).split())}") from None
+    except RuntimeError:        # it lists all weights
+        raise ValueError(f"{path} has other weights than {config.model} with gate {config.gate} in tsa.py") from None
     return model.eval(), saved
 
 
