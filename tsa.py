@@ -192,7 +192,7 @@ class Block(nn.Module):
         """
         y, rows = x, None
         if sparse:
-            rows = gate.nonzero(as_tuple=True)      # sequences and positions of the N tokens, (N,) each
+            rows = gate.nonzero(as_tuple=True)      # sequences and positions of the N tokens (a GPU has to wait here)
             if len(rows[0]) == 0:
                 if cache:                           # later tokens may attend to these
                     cache.append(self.attn.key_value(self.ln1(x)))
