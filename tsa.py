@@ -211,7 +211,7 @@ class Block(nn.Module):
         gate = gate.to(x.dtype).unsqueeze(-1)                           # (N, 1) or (B, T, 1)
         y = y + gate * self.attn(h, kv, rows)                           # equation (1)
         y = y + gate * self.ffn(self.ln2(y))                            # equation (2)
-        return y if rows is None else x.index_put(rows, y)
+        return x.index_put(rows, y) if rows else y
 
 
 class Transformer(nn.Module):
