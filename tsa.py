@@ -150,7 +150,7 @@ def pack(rows, B, T):
     Return their sequences and places, the number n of places, and the causal mask (B, 1, n, T).
     """
     b, t = rows
-    if 2 * len(b) >= B * T or T == 1:           # most tokens are open: is_causal is faster than a mask
+    if 2 * len(b) >= B * T or T == 1:   # most are open (is_causal is faster than a mask), or a new one attends to all
         return rows, T, None
     count = torch.bincount(b, minlength=B)                              # (B,)
     first = count.cumsum(0) - count             # where each sequence begins among the N tokens
