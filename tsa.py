@@ -133,7 +133,7 @@ class Attention(nn.Module):
         B, T, C = h.shape
         assert T in (1, kv.size(1)), "once the cache has tokens, pass one at a time"    # is_causal needs S = T
         q, mask = self.query(h if rows is None else h[rows]), None
-        if rows is not None:    # the kernel needs as many queries from each sequence: n, padded with zeros
+        if rows is not None:    # the kernel needs the same number n of queries from each sequence: others are 0
             rows, n, mask = pack(rows, B, T)
             q = q.new_zeros(B, n, C).index_put_(rows, q)
         k, v = kv.chunk(2, dim=-1)                                      # (B, S, C) each
@@ -147,7 +147,8 @@ class Attention(nn.Module):
 def pack(rows, B, T):
     """
     Move the queries of the N tokens `rows` (sequences, positions) side by side, to places 0, 1, ... of each sequence.
-    Return their sequences and places, the number n of places, and the causal mask (B, 1, n, T).
+    Return their sequences and places, the number n of places, and the causal mask (B, 1, n, T). Where a mask would not
+    pay or is not needed, the queries stay in their positions: return rows, T and None.
     """
     b, t = rows
     if 2 * len(b) >= B * T or T == 1:   # most are open (is_causal is faster than a mask), or a new one attends to all
