@@ -21,7 +21,7 @@ import data
 import sample
 import train
 import tsa
-from tsa import GATES, MODELS, TSA, Config, GateMLP, Router, generate, load_checkpoint, multiply_adds, saving
+from tsa import GATES, MODELS, TSA, Config, GateMLP, Router, generate, load_checkpoint, multiply_adds
 
 TEXT = "The quick brown fox jumps over the lazy dog.\n" * 302
 SMALL = "--device cpu --dtype float32 --data t.txt --n_layer 3 --n_embd 16 --block_size 16 --batch_size 8"
@@ -172,13 +172,6 @@ def test_halt_multiplies_gates_before_a_sparse_pass_sets_small_ones_to_0():
     assert_close(torch.autograd.grad(gates[2].sum(), scale)[0].tolist(), [[0.8, 0.0]])        # through both factors
 
 
-def test_feed_forward_has_the_exact_gelu():
-    """Not its approximation by tanh, as in GPT-2."""
-    ffn, x = tiny().blocks[0].ffn, torch.linspace(-3, 3, 16, dtype=torch.double)
-    hidden = ffn.fc(x)
-    assert_close(ffn(x), ffn.proj(hidden * (1 + torch.erf(hidden / 2 ** 0.5)) / 2))
-
-
 @pytest.mark.parametrize("B", [1, 3])
 @pytest.mark.parametrize("share", ["full pass", 0, 0.1, 0.3, 0.5, 0.9, 1])
 def test_block_is_equations_1_and_2_whatever_the_share_of_open_tokens(share, B):
@@ -259,12 +252,6 @@ def test_loss_is_the_mean_cross_entropy(design):
     assert_close(loss, by_hand)
 
 
-def test_depth_loss_is_the_mean_gate_without_block_0():
-    """Block 0 always runs. Plain models and early exit have no depth loss."""
-    gates = torch.tensor([1.0, 0.5, 0.1]).view(3, 1, 1)
-    assert tiny().depth_loss(gates).item() == pytest.approx(0.3) and tiny("plain").depth_loss(gates) == 0
-
-
 @pytest.mark.parametrize("in_training, fraction", [(True, 0.25), (False, 0.0)])
 def test_dropout_sits_at_the_papers_four_places_in_training(in_training, fraction):
     """They are the embeddings, the attention weights, and the outputs of GELU and of the feed-forward layer."""
@@ -297,10 +284,9 @@ def test_counted_multiply_adds_are_those_that_ran(design, T):
     attention = sum(flops[name].get(torch.ops.aten.bmm, 0) for name in flops if name.endswith(".attn"))
     counted = (counter.get_total_flops() - attention) / 2 / (3 * T)     # per token: two flops are one multiply-add
     counted += 4 * T * 16 + ran.count(0) * 2 * 16 ** 2          # charged
-    assert multiply_adds(model, ran, T)[0] == pytest.approx(counted), f"{design}: one for each weight of a matrix"
-    assert attention <= 4 * 2 * 2 * 3 * T * T * 16
     plain = 4 * (12 * 16 ** 2 + T * 16) + 11 * 16               # the weights and scores of four blocks, the head
-    assert saving(model, ran, T) == pytest.approx(1 - counted / plain)
+    assert multiply_adds(model, ran, T) == pytest.approx((counted, plain)), f"{design}: one for each matrix weight"
+    assert attention <= 4 * 2 * 2 * 3 * T * T * 16
 
 
 @pytest.mark.parametrize("design, sparse", [*((design, True) for design in DESIGNS), ("soft", False), ("exit", False)])
@@ -352,7 +338,7 @@ def test_a_window_may_be_as_long_as_its_split():
     """One that is longer ends in an error message."""
     corpus = data.text_data("".join(map(chr, range(100, 200))), (0.8, 0.9))
     assert len(corpus.windows("val", 9)[0]) == 1
-    with pytest.raises(ValueError, match="be at most 9"):
+    with pytest.raises(ValueError, match="10 is more than the 9 tokens"):
         corpus.windows("val", 10)
 
 
@@ -415,24 +401,10 @@ def test_schedule_is_warmup_times_cosine(step, warmup, expected):
     assert train.schedule(step, warmup, 11) == pytest.approx(expected, abs=1e-4)
 
 
-def test_random_numbers_of_a_step_depend_on_seed_and_step():
-    """Runs with other seeds must not share batches, as they would with the sum of the two."""
-    a, b, c = [train.seed_step(*pair) or torch.rand(()).item() for pair in ((0, 1), (1, 0), (0, 1))]
-    assert a == c != b
-
-
-def test_training_has_dropout_and_clips_gradients_to_norm_1(monkeypatch):
-    """Evaluation, which comes before each step, has no dropout."""
-    norms, modes, embed = [], [], tsa.Transformer.embed
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, norm: norms.append(norm))
-    monkeypatch.setattr(tsa.Transformer, "embed", lambda self, *args: modes.append(self.training) or embed(self, *args))
-    fit("--max_iters 2 --eval_interval 1")
-    assert norms == [1.0, 1.0] and modes.count(True) == 2
-
-
 def test_ten_steps_equal_a_loop_written_out():
     """Its order: seed, learning rate, lambda, loss, clipping, update. The parts have tests of their own above."""
-    saved = fit("--max_iters 10 --learning_rate 0.02 --warmup_iters 4 --lam 0.3 --lam_ramp 0.5 --seed 5 --dropout 0.1")
+    saved = fit("--max_iters 10 --learning_rate 0.02 --warmup_iters 4 --lam 0.3 --lam_ramp 0.5 --seed 5 --dropout 0.1 "
+                "--eval_interval 4")            # after an evaluation, training has dropout again
     corpus, seeds = data.load("t.txt"), [np.random.SeedSequence((5, step)) for step in range(11)]
     torch.manual_seed(int(seeds[0].generate_state(1)[0]))
     config = dict(vocab_size=len(corpus.vocab), block_size=16, n_layer=3, n_head=4, n_embd=16, dropout=0.1)
@@ -462,13 +434,10 @@ def test_result_scores_all_windows_and_evaluations_some_from_the_whole_split(run
     assert json.loads(Path("run/result.json").read_text()) == result
 
 
-def test_dtype_and_compile_are_obeyed(monkeypatch):
-    """Speeds and losses are those of bfloat16, or of a compiled loss, only if the flag takes effect."""
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda loss: compiled.append(loss) or loss)
-    exact = fit("--max_iters 1 --compile")["model"]
+def test_dtype_is_obeyed():
+    """Speeds and losses are those of bfloat16 only if the flag takes effect."""
+    exact = fit("--max_iters 1")["model"]
     os.rename("run", "exact")
-    assert len(compiled) == 1
     assert not torch.equal(fit("--max_iters 1 --dtype bfloat16")["model"]["wte.weight"], exact["wte.weight"])
 
 
@@ -491,7 +460,8 @@ def test_score_prints_what_runs_and_what_the_paper_counts(capsys, monkeypatch):
     full = f"full   loss {F.cross_entropy(logits.mT, targets):.4f}  gates {train.spaced(gates.mean((1, 2)).tolist())}"
     full += f"  {1 - gates.mean():.1%} saved by the paper's count"
     sparse = f"sparse loss {F.cross_entropy(sparse_logits.mT, targets):.4f}  open  {train.spaced(ran)}"
-    sparse += f"  {saving(model, ran, 11):.1%} fewer multiply-adds, 12.3x as fast"
+    total, plain = multiply_adds(model, ran, 11)
+    sparse += f"  {1 - total / plain:.1%} fewer multiply-adds, 12.3x as fast"
     train.score(model, idx, targets, timed=True)
     assert capsys.readouterr().out.splitlines() == ["evaluation on 100 windows", full, sparse]
     assert len(full) <= 96 and len(sparse) <= 97
@@ -539,18 +509,6 @@ def test_an_interrupted_run_resumes_to_the_bit(monkeypatch):
     whole, resumed = fit(flags), load_checkpoint("resumed")[1]
     assert_close([resumed["model"], resumed["optimizer"]], [whole["model"], whole["optimizer"]], rtol=0, atol=0)
     assert Path("resumed/result.json").read_text() == Path("run/result.json").read_text()
-
-
-def test_a_checkpoint_is_replaced_and_not_written_in_place(monkeypatch):
-    """A reader who opens it during training has a complete one: here, a second link to the first one."""
-    def save(run, path):
-        torch_save(run, path)
-        if run["step"] == 2:
-            os.link("run/ckpt.pt", "first.pt")
-    torch_save = torch.save
-    monkeypatch.setattr(torch, "save", save)
-    fit("--max_iters 2 --eval_interval 1")
-    assert load_checkpoint("first.pt")[1]["step"] == 1 and load_checkpoint("run")[1]["step"] == 2
 
 
 @pytest.mark.parametrize("shape, words", [((1, 16), "gate of shape"), ((1, 17), "17 tokens"), ((1, 0), "0 tokens")])

@@ -28,7 +28,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import data
-from tsa import GATES, MODELS, Config, Transformer, load_checkpoint, saving, token_loss
+from tsa import GATES, MODELS, Config, Transformer, load_checkpoint, multiply_adds, token_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PRESETS = {     # each replaces some defaults of the flags below
@@ -43,6 +43,7 @@ PRESETS = {     # each replaces some defaults of the flags below
 
 def seed_step(seed, step):
     """Make a step's batch and dropout depend only on (seed, step). Step 0 is the initialization."""
+    # With the sum of the two as the seed, step 2 of seed 0 would have the batch of step 1 of seed 1.
     torch.manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
 
 
@@ -93,18 +94,17 @@ def fit(model, args, corpus, idx, targets, saved):
 
     scores = score_after(done)
     began = time.perf_counter()
-    loss_of = torch.compile(model.loss) if args.compile else model.loss
     for step in range(done + 1, args.max_iters + 1):
         model.train()           # evaluation leaves it in eval mode
         seed_step(args.seed, step)
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * schedule(step, args.warmup_iters, args.max_iters)
-        lam = args.lam * min(step / max(args.lam_ramp * args.max_iters, 1), 1)
+        lam = args.lam * min(step / max(args.lam_ramp * args.max_iters, 1), 1)          # without a ramp, at once
 
         x, y = (part.to(args.device) for part in corpus.batch(args.batch_size, args.block_size))  # (B, T) each
         with precision(args.device, args.dtype):
-            task_loss, gates = loss_of(x, y)                                    # gates (L, B, T)
-            loss = task_loss + lam * model.depth_loss(gates)
+            task_loss, gates = model.loss(x, y)                                 # gates (L, B, T)
+            loss = task_loss + lam * gates[1:].mean()           # the depth loss: without routers, a constant
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -154,16 +154,17 @@ def evaluate(model, idx, targets, sparse):
 @torch.no_grad()
 def speedup(model, idx):
     """How many times as fast a sparse pass is as a plain model with the same blocks, on windows idx (n, T)."""
-    x, ratios = idx[:64].to(model.wte.weight.device), []
-    plain, sparse = partial(Transformer.forward, model), partial(model, sparse=True)
-    for _ in range(16):         # the two take turns, because speeds drift
-        seconds = []
-        for run in (plain, sparse):
-            began = time.perf_counter()
-            run(x)[0][-1, -1, -1].item()        # waits for the device
-            seconds.append(time.perf_counter() - began)
-        ratios.append(seconds[0] / seconds[1])
+    x = idx[:64].to(model.wte.weight.device)
+    plain, sparse = partial(Transformer.forward, model, x), partial(model, x, sparse=True)
+    ratios = [seconds_of(plain) / seconds_of(sparse) for _ in range(16)]        # they take turns, because speeds drift
     return statistics.median(ratios[1:])        # without the warm-up
+
+
+def seconds_of(run):
+    """How long run() takes, until a device has computed the last tensor that it returns."""
+    began = time.perf_counter()
+    run()[-1].any().item()
+    return time.perf_counter() - began
 
 
 def spaced(numbers):
@@ -175,23 +176,23 @@ def score(model, idx, targets, timed=False):
     model.eval()
     kind = model.config.model
     print(f"evaluation on {len(idx):,} windows", flush=True)
-    val_loss, gates, ran = evaluate(model, idx, targets, sparse=False)
-    val_loss_sparse = val_loss
-    if kind != "plain":         # a plain model has nothing to skip
-        val_loss_sparse, _, ran = evaluate(model, idx, targets, sparse=True)
-    less = saving(model, ran, idx.size(1))
+    full = evaluate(model, idx, targets, sparse=False)
+    sparse = full if kind == "plain" else evaluate(model, idx, targets, sparse=True)    # nothing to skip
+    (val_loss, gates, _), (val_loss_sparse, _, ran) = full, sparse
+    total, plain = multiply_adds(model, ran, idx.size(1))
+    saved = 1 - total / plain           # negative if the routers cost more
     counted = ran if kind == "exit" else gates          # in token-layer operations (TLOps), the paper's unit
     tlops_saved = 1 - sum(counted) / len(counted)
     by_count = f"  {tlops_saved:.1%} saved by the paper's count"
     print(f"full   loss {val_loss:.4f}" + (f"  gates {spaced(gates)}{by_count}" if kind == "tsa" else ""))
     if kind != "plain":
-        more_or_fewer = f"{abs(less):.1%} {'fewer' if less >= 0 else 'more'} multiply-adds"
+        more_or_fewer = f"{abs(saved):.1%} {'fewer' if saved >= 0 else 'more'} multiply-adds"
         times = f", {speedup(model, idx):.1f}x as fast" if timed else ""
         print(f"sparse loss {val_loss_sparse:.4f}  open  {spaced(ran)}  {more_or_fewer}{times}")
     if kind == "exit":
         print(" " * 6 + by_count)
     return dict(val_loss=val_loss, val_loss_sparse=val_loss_sparse, tlops_saved=tlops_saved, blocks=sum(ran),
-                saved=less, gates=gates, ran=ran)
+                saved=saved, gates=gates, ran=ran)
 
 
 def bounded(kind, low, high=math.inf):
@@ -246,7 +247,6 @@ def parse_flags(argv):
     add("--seed", default=0, type=bounded(int, 0), help="random seed")
     add("--device", default=DEVICE, type=usable_device, help="cpu, cuda, mps ...")
     add("--dtype", choices=("float32", "bfloat16"), help="precision of training; None: bfloat16 where it is fast")
-    add("--compile", action="store_true", help="compile the loss with torch.compile")
     add("--out_dir", type=Path, help="new folder, for this run only; None: out/MODEL-1, -2, ...")
     add("--resume", type=Path, help="folder of a run to continue (only --device may change)")
     add("--score", type=Path, help="run or checkpoint to evaluate (--gate, --halt, --confidence, --device may change)")

@@ -52,8 +52,8 @@ class Config:
 class Router(nn.Module):
     """
     Computes the gate of the next block from the state after this one. A design derives from the paper's GateMLP and
-    overrides `scale`, `gate` or `sparse_gate`, or it derives from Router and defines a `scale` with layers of its own.
-    A token's gate may depend on its own x and gates only: in generation, x holds just the newest token.
+    overrides `gate` or `sparse_gate`, or it derives from Router and defines `scale(x, gates)`, which takes the place of
+    1 - p. A token's gate may depend on its own x and gates only: in generation, x holds just the newest token.
     """
 
     def __init__(self, config):
@@ -61,17 +61,17 @@ class Router(nn.Module):
         self.halt = config.halt
 
     def forward(self, x, gates):
-        """x (B, T, C), gates [(B, T), ...] of blocks 0 (ones), 1, ... so far -> the gate of block len(gates) (B, T)."""
+        """x (B, T, C) and the gates of all earlier blocks, a list of (B, T) -> the gate of the next block (B, T)."""
         gate = self.gate(self.scale(x, gates))
         assert gate.shape == x.shape[:2], f"a gate of shape {tuple(gate.shape)} instead of {tuple(x.shape[:2])}, (B, T)"
         return gate * gates[-1] if self.halt else gate
 
     def gate(self, scale):
-        """The gate, made from 1 - p: unless overridden, the same. Add noise only `if self.training`."""
+        """The gate, made from the scale: by default, the same. It may be random only `if self.training`."""
         return scale
 
     def sparse_gate(self, gate):
-        """The gate in a sparse pass, made from the one in training: unless overridden, the same."""
+        """The gate in a sparse pass, made from the one in training: by default, the same."""
         return gate
 
 
@@ -129,35 +129,40 @@ class Attention(nn.Module):
         self.proj = nn.Linear(C, C, bias=False)
 
     def forward(self, h, kv, rows=None):
-        """h (B, T, C), keys and values kv (B, S, 2C) -> (B, T, C), or (N, C) for the N tokens of `rows` (see Block)."""
+        """
+        h (B, T, C), keys and values kv (B, S, 2C) -> (B, T, C), or (N, C) if only N tokens run the block: those in
+        `rows`, their sequences and positions.
+        """
         B, T, C = h.shape
         assert T in (1, kv.size(1)), "once the cache has tokens, pass one at a time"    # is_causal needs S = T
-        q, mask = self.query(h if rows is None else h[rows]), None
-        if rows is not None:    # the kernel needs the same number n of queries from each sequence: others are 0
-            rows, n, mask = pack(rows, B, T)
-            q = q.new_zeros(B, n, C).index_put_(rows, q)
+        q = self.query(h if rows is None else h[rows])                  # (B, T, C) or (N, C)
+        mask = None
+        if rows is not None:    # the kernel needs as many queries from each sequence: fill up with 0
+            slots, n, mask = pack(rows, B, T)
+            q = q.new_zeros(B, n, C).index_put_(slots, q)               # (B, n, C)
         k, v = kv.chunk(2, dim=-1)                                      # (B, S, C) each
         q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in (q, k, v))  # (B, nh, n or S, hs)
         dropout_p = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=mask is None and T > 1)
         y = y.transpose(1, 2)                                           # (B, n, nh, hs)
-        return self.proj((y if rows is None else y[rows]).flatten(-2))
+        return self.proj((y if rows is None else y[slots]).flatten(-2))
 
 
 def pack(rows, B, T):
     """
-    Move the queries of the N tokens `rows` (sequences, positions) side by side, to places 0, 1, ... of each sequence.
-    Return their sequences and places, the number n of places, and the causal mask (B, 1, n, T). Where a mask would not
-    pay or is not needed, the queries stay in their positions: return rows, T and None.
+    Place the queries of the N tokens `rows` (sorted sequences, positions) side by side: with gates 0 1 0 1 and 0 0 1 0
+    of the sequences a and b, the queries are a1 a3 and b2 0. Return the slots (sequences, places) of the N tokens, the
+    number n of places, and the causal mask (B, 1, n, T). If most tokens are open, is_causal is faster than a mask, and
+    if T is 1, the token attends to all: then the queries stay in their positions. Return rows, T and None.
     """
     b, t = rows
-    if 2 * len(b) >= B * T or T == 1:   # most are open (is_causal is faster than a mask), or a new one attends to all
+    if 2 * len(b) >= B * T or T == 1:
         return rows, T, None
     count = torch.bincount(b, minlength=B)                              # (B,)
     first = count.cumsum(0) - count             # where each sequence begins among the N tokens
     place = torch.arange(len(b), device=b.device) - first[b]            # (N,)
     n = count.max().item()
-    position = t.new_zeros(B, n).index_put_((b, place), t)              # (B, n), 0 in unused places
+    position = t.new_zeros(B, n).index_put_((b, place), t)              # (B, n); 0 in unused places
     mask = position.unsqueeze(-1) >= torch.arange(T, device=b.device)   # (B, n, T)
     return (b, place), n, mask.unsqueeze(1)
 
@@ -195,7 +200,7 @@ class Block(nn.Module):
         if sparse:
             rows = gate.nonzero(as_tuple=True)      # sequences and positions of the N tokens (a GPU has to wait here)
             if len(rows[0]) == 0:
-                if cache:                           # later tokens may attend to these
+                if cache is not None:               # later tokens may attend to these
                     cache.append(self.attn.key_value(self.ln1(x)))
                 return x
             if len(rows[0]) == gate.numel():
@@ -204,7 +209,7 @@ class Block(nn.Module):
                 y, gate = x[rows], gate[rows]                           # (N, C), (N,)
         h = self.ln1(x)
         kv = self.attn.key_value(h)     # of all tokens: those that run the block attend to those that skip it
-        if cache:
+        if cache is not None:
             kv = cache.append(kv)       # with those of earlier tokens, (B, S, 2C)
         if gate is None:
             x = x + self.attn(h, kv)
@@ -212,7 +217,7 @@ class Block(nn.Module):
         gate = gate.to(x.dtype).unsqueeze(-1)                           # (N, 1) or (B, T, 1)
         y = y + gate * self.attn(h, kv, rows)                           # equation (1)
         y = y + gate * self.ffn(self.ln2(y))                            # equation (2)
-        return x.index_put(rows, y) if rows else y
+        return x.index_put(rows, y) if rows is not None else y
 
 
 class Transformer(nn.Module):
@@ -234,21 +239,21 @@ class Transformer(nn.Module):
 
     def embed(self, idx, cache=None):
         """idx (B, T) -> x (B, T, C), at the positions after those in the cache."""
-        start = cache.length if cache else 0
+        start = 0 if cache is None else cache.length
         end = start + idx.size(1)
         assert 0 < end <= self.config.block_size, f"{end} tokens, but the model takes 1 to {self.config.block_size}"
         x = self.wte(idx) + self.wpe.weight[start:end]
         return F.dropout(x, self.config.dropout, self.training)
 
     def norms(self):
-        """The LayerNorm before the head if the model stopped after block 0, 1, ..."""
+        """The LayerNorm before the head if the model stopped after block 0, 1, ... (for early exit and sample.py)"""
         return [self.ln_f] * len(self.blocks)
 
     def head(self, h):
         return F.linear(h, self.wte.weight).float()
 
     def forward(self, idx, sparse=False, caches=None):
-        """idx (B, T) -> logits (B, T, V) and gates (L, B, T), both float32. In a plain model, all gates are 1."""
+        """idx (B, T) -> logits (B, T, V) and gates (L, B, T), float32. In a plain model, gates are 1."""
         caches = caches or [None] * len(self.blocks)
         x = self.embed(idx, caches[0])
         for block, cache in zip(self.blocks, caches):
@@ -256,13 +261,9 @@ class Transformer(nn.Module):
         return self.head(self.ln_f(x)), torch.ones(len(self.blocks), *idx.shape, device=idx.device)
 
     def loss(self, idx, targets):
-        """idx, targets (B, T) -> the mean cross-entropy (without the depth loss) and the gates (L, B, T)."""
+        """idx, targets (B, T) -> the mean cross-entropy (train.py adds the depth loss) and the gates (L, B, T)."""
         logits, gates = self(idx)
         return token_loss(logits, targets).mean(), gates
-
-    def depth_loss(self, gates):
-        """gates (L, B, T) -> the term of the loss that `lam` multiplies: 0 without routers."""
-        return 0
 
 
 def token_loss(logits, targets):
@@ -291,10 +292,6 @@ class TSA(Transformer):
             used.append(router.sparse_gate(gate) if sparse else gate)
             x = block(x, used[-1], sparse, cache)
         return self.head(self.ln_f(x)), torch.stack(used)
-
-    def depth_loss(self, gates):
-        """The mean gate of blocks 1, 2, ..., as in the paper."""
-        return gates[1:].mean()
 
 
 class Exit(Transformer):
@@ -372,7 +369,7 @@ def load_checkpoint(path, **changes):
 
 
 def multiply_adds(model, ran, T=None):
-    """Multiply-adds per token in a pass over T tokens of which ran[l] (0 to 1) run block l, and of the plain model."""
+    """Multiply-adds per token if a fraction ran[l] of T tokens runs block l, and those of the plain model."""
     def size(module):           # of its matrices: one multiply-add per weight and token (vectors do not count)
         return sum(weight.numel() for weight in module.parameters() if weight.dim() > 1)
 
@@ -390,12 +387,6 @@ def multiply_adds(model, ran, T=None):
         total += always + share * (size(block) - key_value)
         plain += always + size(block) - key_value
     return total, plain
-
-
-def saving(model, ran, T=None):
-    """The fraction saved relative to a plain model with as many layers (negative if routers cost more)."""
-    total, plain = multiply_adds(model, ran, T)
-    return 1 - total / plain
 
 
 class Cache:
