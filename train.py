@@ -104,7 +104,7 @@ def fit(model, args, corpus, idx, targets, saved):
         x, y = (part.to(args.device) for part in corpus.batch(args.batch_size, args.block_size))  # (B, T) each
         with precision(args.device, args.dtype):
             task_loss, gates = model.loss(x, y)                                 # gates (L, B, T)
-            loss = task_loss + lam * gates[1:].mean()           # the depth loss: without routers, a constant
+            loss = task_loss + lam * gates[1:].mean()           # the depth loss; a constant without routers
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -161,7 +161,7 @@ def speedup(model, idx):
 
 
 def seconds_of(run):
-    """How long run() takes, until a device has computed the last tensor that it returns."""
+    """How long run() takes until the last tensor that it returns is there (a GPU computes in the background)."""
     began = time.perf_counter()
     run()[-1].any().item()
     return time.perf_counter() - began

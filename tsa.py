@@ -137,7 +137,7 @@ class Attention(nn.Module):
         assert T in (1, kv.size(1)), "once the cache has tokens, pass one at a time"    # is_causal needs S = T
         q = self.query(h if rows is None else h[rows])                  # (B, T, C) or (N, C)
         mask = None
-        if rows is not None:    # the kernel needs as many queries from each sequence: fill up with 0
+        if rows is not None:    # each sequence needs the same number n of queries: fill up with 0
             slots, n, mask = pack(rows, B, T)
             q = q.new_zeros(B, n, C).index_put_(slots, q)               # (B, n, C)
         k, v = kv.chunk(2, dim=-1)                                      # (B, S, C) each
