@@ -118,7 +118,7 @@ GATES = {"soft": Soft, "skip": Skip, "stretch": Stretch, "straight": Straight}
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention without biases. Queries may come from some tokens only, keys and values from all."""
+    """Causal multi-head attention without biases or output dropout. Queries may come from some tokens only."""
 
     def __init__(self, config):
         super().__init__()
@@ -137,7 +137,7 @@ class Attention(nn.Module):
         assert T in (1, kv.size(1)), "once the cache has tokens, pass one at a time"    # is_causal needs S = T
         q = self.query(h if rows is None else h[rows])                  # (B, T, C) or (N, C)
         mask = None
-        if rows is not None:    # each sequence needs the same number n of queries: fill up with 0
+        if rows is not None:    # the kernel needs n queries of every sequence: the others are 0
             slots, n, mask = pack(rows, B, T)
             q = q.new_zeros(B, n, C).index_put_(slots, q)               # (B, n, C)
         k, v = kv.chunk(2, dim=-1)                                      # (B, S, C) each
@@ -150,21 +150,20 @@ class Attention(nn.Module):
 
 def pack(rows, B, T):
     """
-    Place the queries of the N tokens `rows` (sorted sequences, positions) side by side: with gates 0 1 0 1 and 0 0 1 0
-    of the sequences a and b, the queries are a1 a3 and b2 0. Return the slots (sequences, places) of the N tokens, the
-    number n of places, and the causal mask (B, 1, n, T). If most tokens are open, is_causal is faster than a mask, and
-    if T is 1, the token attends to all: then the queries stay in their positions. Return rows, T and None.
+    Place the queries of the N tokens `rows` (sorted sequences, positions) side by side. Return their slots (sequences,
+    columns), the number n of columns, and the causal mask (B, 1, n, T). With gates 0 1 0 1 and 0 0 1 0 of the sequences
+    a and b, the queries are a1 a3 and b2 0, their slots (0, 0), (0, 1), and (1, 0), and n is 2.
     """
     b, t = rows
-    if 2 * len(b) >= B * T or T == 1:
-        return rows, T, None
+    if 2 * len(b) >= B * T or T == 1:   # most are open (is_causal is faster than a mask), or a new one attends to all
+        return rows, T, None            # each query stays in its position
     count = torch.bincount(b, minlength=B)                              # (B,)
     first = count.cumsum(0) - count             # where each sequence begins among the N tokens
-    place = torch.arange(len(b), device=b.device) - first[b]            # (N,)
+    column = torch.arange(len(b), device=b.device) - first[b]           # (N,)
     n = count.max().item()
-    position = t.new_zeros(B, n).index_put_((b, place), t)              # (B, n); 0 in unused places
+    position = t.new_zeros(B, n).index_put_((b, column), t)             # (B, n); an unused slot sees token 0, in vain
     mask = position.unsqueeze(-1) >= torch.arange(T, device=b.device)   # (B, n, T)
-    return (b, place), n, mask.unsqueeze(1)
+    return (b, column), n, mask.unsqueeze(1)
 
 
 class FeedForward(nn.Module):
@@ -232,7 +231,8 @@ class Transformer(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
         for embedding in (self.wte, self.wpe):
             nn.init.normal_(embedding.weight, std=0.02)
-        # As in GPT-2: x is the sum of 2L updates, so each starts with 1 / (2L) of the variance. (Others: as in PyTorch)
+        # As in GPT-2: x is the sum of 2L updates, so each starts with 1 / (2L) of the variance. Unlike in GPT-2, other
+        # linear layers keep PyTorch's initialization.
         for block in self.blocks:
             for linear in (block.attn.proj, block.ffn.proj):
                 nn.init.normal_(linear.weight, std=0.02 / (2 * config.n_layer) ** 0.5)
@@ -317,7 +317,7 @@ class Exit(Transformer):
         for block, norm, cache in zip(others, self.norms()[1:], caches[1:]):
             x = block(x, running, sparse, cache)
             gates.append(running)
-            rows = running.nonzero(as_tuple=True)                       # of the N tokens that ran the block
+            rows = running.nonzero(as_tuple=True)                       # the N tokens that ran the block
             prediction = self.head(norm(x[rows]))                       # (N, V)
             logits = logits.index_put(rows, prediction)
             unsure = prediction.softmax(-1).amax(-1) <= self.config.confidence
