@@ -90,7 +90,10 @@ def fit(model, args, corpus, idx, targets, saved):
     def score_after(step):      # on all windows at the end, otherwise on a few hundred, spread over the split
         last = step == args.max_iters
         stride = 1 if last else max(len(idx) // 256, 1)
-        return score(model, idx[::stride], targets[::stride], timed=last)
+        scores = score(model, idx[::stride], targets[::stride], timed=last)
+        if not math.isfinite(scores["val_loss"] + scores["val_loss_sparse"]):
+            raise FloatingPointError("the loss is not finite: start again with a lower --learning_rate or another gate")
+        return scores
 
     scores = score_after(done)
     began = time.perf_counter()
@@ -104,7 +107,8 @@ def fit(model, args, corpus, idx, targets, saved):
         x, y = (part.to(args.device) for part in corpus.batch(args.batch_size, args.block_size))  # (B, T) each
         with precision(args.device, args.dtype):
             task_loss, gates = model.loss(x, y)                                 # gates (L, B, T)
-            loss = task_loss + lam * gates[1:].mean()           # the depth loss; a constant without routers
+            depth_loss = lam * gates[1:].mean() if args.model == "tsa" else 0
+            loss = task_loss + depth_loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -117,8 +121,6 @@ def fit(model, args, corpus, idx, targets, saved):
                   f"{seconds * (args.max_iters - step) / 60:.1f} min left", flush=True)
         if step % args.eval_interval == 0 or step == args.max_iters:
             scores = score_after(step)
-            if not math.isfinite(scores["val_loss"]):
-                raise FloatingPointError("the loss is not finite: start again with a lower --learning_rate")
             run.update(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
             args.out_dir = args.out_dir or new_folder(args.model)
             torch.save(run, args.out_dir / "ckpt.tmp")
@@ -228,7 +230,7 @@ def parse_flags(argv):
     add("--preset", default="laptop", choices=PRESETS, help="replaces some of the defaults below")
     add("--model", default=Config.model, choices=MODELS, help="the plain transformer, the paper's model, or early exit")
     add("--gate", default=Config.gate, choices=GATES, help="tsa: gate design, from GATES in tsa.py")
-    add("--gate_bias", default=Config.gate_bias, type=bounded(float, -math.inf), help="tsa: initial b2 of the routers")
+    add("--gate_bias", default=Config.gate_bias, type=bounded(float, -math.inf), help="tsa: initial b2 of equation (3)")
     add("--halt", default=False, action=argparse.BooleanOptionalAction, help="tsa: multiply each gate by the previous")
     add("--lam", default=0.001, type=bounded(float, 0), help="tsa: weight of the depth loss (the mean gate)")
     add("--lam_ramp", default=0.0, type=fraction, help="tsa: fraction of training in which lam rises from 0")

@@ -53,7 +53,8 @@ class Router(nn.Module):
     """
     Computes the gate of the next block from the state after this one. A design derives from the paper's GateMLP and
     overrides `gate` or `sparse_gate`, or it derives from Router and defines `scale(x, gates)`, which takes the place of
-    1 - p. A token's gate may depend on its own x and gates only: in generation, x holds just the newest token.
+    1 - p (in float32: bfloat16 rounds small ones to 0). A token's gate may depend on its own x and gates only: in
+    generation, x is just the newest token.
     """
 
     def __init__(self, config):
@@ -63,7 +64,6 @@ class Router(nn.Module):
     def forward(self, x, gates):
         """x (B, T, C) and the gates of all earlier blocks, a list of (B, T) -> the gate of the next block (B, T)."""
         gate = self.gate(self.scale(x, gates))
-        assert gate.shape == x.shape[:2], f"a gate of shape {tuple(gate.shape)} instead of {tuple(x.shape[:2])}, (B, T)"
         return gate * gates[-1] if self.halt else gate
 
     def gate(self, scale):
@@ -290,6 +290,8 @@ class TSA(Transformer):
             gate = router(x, gates)                                     # (B, T)
             gates.append(gate)
             used.append(router.sparse_gate(gate) if sparse else gate)
+            shape = tuple(used[-1].shape)
+            assert shape == idx.shape, f"a gate of shape {shape} instead of {tuple(idx.shape)}, (B, T)"
             x = block(x, used[-1], sparse, cache)
         return self.head(self.ln_f(x)), torch.stack(used)
 
@@ -380,8 +382,8 @@ def multiply_adds(model, ran, T=None):
     elif isinstance(model, TSA):
         total += size(model.routers)
     for share, block in zip(ran, model.blocks):
-        # An upper bound: every token is charged for keys, values, and attention to T / 2 keys on average, with C
-        # multiply-adds each for score and value.
+        # Every token is charged for keys, values, and attention to T / 2 keys on average (C multiply-adds each for
+        # score and value), whether it runs the block or not.
         key_value = size(block.attn.key_value)
         always = key_value + T * model.config.n_embd
         total += always + share * (size(block) - key_value)
