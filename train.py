@@ -1,7 +1,7 @@
 """
 Train and evaluate a model:
 
-    python train.py                                             a small model with gates, trained like the paper's
+    python train.py                                             a small model with gates, trained as in the paper
     python train.py --model plain                               the same model without gates
     python train.py --resume out/tsa-1                          continue an interrupted run
     python train.py --score out/tsa-1 --gate soft               evaluate a model with another gate
@@ -163,7 +163,7 @@ def speedup(model, idx):
 
 
 def seconds_of(run):
-    """How long run() takes until the last tensor that it returns is there (a GPU computes in the background)."""
+    """Seconds until the last tensor that run() returns is ready (a GPU computes in the background)."""
     began = time.perf_counter()
     run()[-1].any().item()
     return time.perf_counter() - began

@@ -35,7 +35,7 @@ class Config:
     """The hyperparameters of a model. train.py has the paper's as `--preset paper`."""
     model: str = "tsa"          # a name in MODELS
     gate: str = "skip"          # tsa: a name in GATES
-    gate_bias: float = -1.0     # tsa: initial b2 of equation (3): -1 starts gates near 0.73, larger values start lower
+    gate_bias: float = -1.0     # tsa: initial b2 of equation (3): -1 starts gates near 0.73, a larger b2 lower
     halt: bool = False          # tsa: multiply each gate by the previous one, so that it stays 0 once it is 0
     confidence: float = 0.9     # exit: exit once the largest probability exceeds this
     vocab_size: int = 65
@@ -53,7 +53,7 @@ class Router(nn.Module):
     """
     Computes the gate of the next block from the state after this one. A design derives from the paper's GateMLP and
     overrides `gate` or `sparse_gate`, or it derives from Router and defines `scale(x, gates)`, which takes the place of
-    1 - p (in float32: bfloat16 rounds small ones to 0). A token's gate may depend on its own x and gates only: in
+    1 - p (in float32, because bfloat16 is coarse near 1). A token's gate may depend on its own x and gates only: in
     generation, x is just the newest token.
     """
 
@@ -137,7 +137,7 @@ class Attention(nn.Module):
         assert T in (1, kv.size(1)), "once the cache has tokens, pass one at a time"    # is_causal needs S = T
         q = self.query(h if rows is None else h[rows])                  # (B, T, C) or (N, C)
         mask = None
-        if rows is not None:    # the kernel needs n queries of every sequence: the others are 0
+        if rows is not None:    # the kernel takes n queries of every sequence, padded with 0
             slots, n, mask = pack(rows, B, T)
             q = q.new_zeros(B, n, C).index_put_(slots, q)               # (B, n, C)
         k, v = kv.chunk(2, dim=-1)                                      # (B, S, C) each
@@ -152,16 +152,16 @@ def pack(rows, B, T):
     """
     Place the queries of the N tokens `rows` (sorted sequences, positions) side by side. Return their slots (sequences,
     columns), the number n of columns, and the causal mask (B, 1, n, T). With gates 0 1 0 1 and 0 0 1 0 of the sequences
-    a and b, the queries are a1 a3 and b2 0, their slots (0, 0), (0, 1), and (1, 0), and n is 2.
+    a and b, the queries are [a1 a3] and [b2 0], their slots (0, 0), (0, 1), and (1, 0), and n is 2.
     """
     b, t = rows
-    if 2 * len(b) >= B * T or T == 1:   # most are open (is_causal is faster than a mask), or a new one attends to all
+    if 2 * len(b) >= B * T or T == 1:   # most are open (is_causal beats a mask), or one new token attends to all
         return rows, T, None            # each query stays in its position
     count = torch.bincount(b, minlength=B)                              # (B,)
     first = count.cumsum(0) - count             # where each sequence begins among the N tokens
     column = torch.arange(len(b), device=b.device) - first[b]           # (N,)
     n = count.max().item()
-    position = t.new_zeros(B, n).index_put_((b, column), t)             # (B, n); an unused slot sees token 0, in vain
+    position = t.new_zeros(B, n).index_put_((b, column), t)             # (B, n); unused slots attend to token 0
     mask = position.unsqueeze(-1) >= torch.arange(T, device=b.device)   # (B, n, T)
     return (b, column), n, mask.unsqueeze(1)
 
@@ -282,7 +282,7 @@ class TSA(Transformer):
     def forward(self, idx, sparse=False, caches=None):
         caches = caches or [None] * len(self.blocks)
         first, *others = self.blocks
-        # Block 0 has no router, because before it has run, x says nothing about the context.
+        # No router precedes block 0, because x has no context yet.
         x = first(self.embed(idx, caches[0]), cache=caches[0])          # (B, T, C)
         ones = torch.ones(idx.shape, device=idx.device)
         gates, used = [ones], [ones]            # routers see `gates`, as in training; blocks get `used`
