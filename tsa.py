@@ -290,8 +290,7 @@ class TSA(Transformer):
             gate = router(x, gates)                                     # (B, T)
             gates.append(gate)
             used.append(router.sparse_gate(gate) if sparse else gate)
-            shape = tuple(used[-1].shape)
-            assert shape == idx.shape, f"a gate of shape {shape} instead of {tuple(idx.shape)}, (B, T)"
+            assert used[-1].shape == idx.shape, f"a gate of shape {tuple(used[-1].shape)} instead of {tuple(idx.shape)}"
             x = block(x, used[-1], sparse, cache)
         return self.head(self.ln_f(x)), torch.stack(used)
 
