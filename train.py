@@ -107,8 +107,8 @@ def fit(model, args, corpus, idx, targets, saved):
         x, y = (part.to(args.device) for part in corpus.batch(args.batch_size, args.block_size))  # (B, T) each
         with precision(args.device, args.dtype):
             task_loss, gates = model.loss(x, y)                                 # gates (L, B, T)
-            depth_loss = lam * gates[1:].mean() if args.model == "tsa" else 0
-            loss = task_loss + depth_loss
+            depth_loss = gates[1:].mean() if args.model == "tsa" else 0
+            loss = task_loss + lam * depth_loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -143,14 +143,13 @@ def new_folder(model):
 def evaluate(model, idx, targets, sparse):
     """Windows idx, targets (n, T) -> the mean loss, each block's mean gate, and the fraction of tokens that ran it."""
     device = model.wte.weight.device
-    losses, gate_sum, ran = [], 0, 0
+    loss_sum, gate_sum, ran = 0, 0, 0
     for x, y in zip(idx.split(64), targets.split(64)):
         logits, gates = model(x.to(device), sparse)                             # gates (L, B, T)
-        losses.append(token_loss(logits, y.to(device)).sum())
+        loss_sum += token_loss(logits, y.to(device)).sum().item()               # in double precision
         gate_sum = gate_sum + gates.sum((1, 2))
         ran = ran + (gates != 0).sum((1, 2))
-    loss = sum(torch.stack(losses).tolist()) / targets.numel()                  # summed in double precision
-    return loss, (gate_sum / idx.numel()).tolist(), (ran / idx.numel()).tolist()
+    return loss_sum / targets.numel(), (gate_sum / idx.numel()).tolist(), (ran / idx.numel()).tolist()
 
 
 @torch.no_grad()
@@ -272,8 +271,6 @@ def parse_flags(argv):
     unused = {"plain": of_gates | {"--confidence"}, "tsa": {"--confidence"}, "exit": of_gates}
     if wrong := typed & unused.get(args.model, set()):
         parser.error(f"{', '.join(sorted(wrong))} has no effect with --model {args.model}")
-    if args.model == "tsa" and args.gate not in GATES:
-        parser.error(f"tsa.py has no gate {args.gate}; choose another one with --gate")
     args.dtype = args.dtype or ("bfloat16" if supports_bfloat16(args.device) else "float32")
     if args.out_dir and (args.out_dir / "ckpt.pt").exists():
         parser.error(f"--out_dir {args.out_dir} contains a run; continue it with --resume {args.out_dir}")
@@ -296,8 +293,8 @@ def main(argv=None):
             if args.resume:
                 raise ValueError(message)
             print(f"note: {message}")
-        if args.out_dir:
-            args.out_dir.mkdir(parents=True, exist_ok=True)         # a mistake should show before training
+        if not saved:
+            (args.out_dir or Path("out")).mkdir(parents=True, exist_ok=True)    # a mistake should show before training
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     if not saved:

@@ -22,7 +22,7 @@ Shapes: B sequences of T tokens, C = n_embd channels, nh heads of size hs = C / 
 pass, N of the B * T tokens run a block. Attention sees S keys and values per sequence: T, or more with a cache.
 """
 import zipfile
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -53,8 +53,7 @@ class Router(nn.Module):
     """
     Computes the gate of the next block from the state after this one. A design derives from the paper's GateMLP and
     overrides `gate` or `sparse_gate`, or it derives from Router and defines `scale(x, gates)`, which takes the place of
-    1 - p (in float32, because bfloat16 is coarse near 1). A token's gate may depend on its own x and gates only: in
-    generation, x is just the newest token.
+    1 - p. A token's gate may depend on its own x and gates only: in generation, x is just the newest token.
     """
 
     def __init__(self, config):
@@ -67,11 +66,11 @@ class Router(nn.Module):
         return gate * gates[-1] if self.halt else gate
 
     def gate(self, scale):
-        """The gate, made from the scale: by default, the same. It may be random only `if self.training`."""
+        """The gate, made from the scale (by default, the same). It may be random only `if self.training`."""
         return scale
 
     def sparse_gate(self, gate):
-        """The gate in a sparse pass, made from the one in training: by default, the same."""
+        """The gate in a sparse pass, made from the one in training (by default, the same)."""
         return gate
 
 
@@ -134,7 +133,7 @@ class Attention(nn.Module):
         `rows`, their sequences and positions.
         """
         B, T, C = h.shape
-        assert T in (1, kv.size(1)), "once the cache has tokens, pass one at a time"    # is_causal needs S = T
+        assert T in (1, kv.size(1)), "with tokens in the cache, pass one at a time"    # is_causal needs S = T
         q = self.query(h if rows is None else h[rows])                  # (B, T, C) or (N, C)
         mask = None
         if rows is not None:    # the kernel takes n queries of every sequence, padded with 0
@@ -151,11 +150,11 @@ class Attention(nn.Module):
 def pack(rows, B, T):
     """
     Place the queries of the N tokens `rows` (sorted sequences, positions) side by side. Return their slots (sequences,
-    columns), the number n of columns, and the causal mask (B, 1, n, T). With gates 0 1 0 1 and 0 0 1 0 of the sequences
-    a and b, the queries are [a1 a3] and [b2 0], their slots (0, 0), (0, 1), and (1, 0), and n is 2.
+    columns), the number n of columns, and the causal mask (B, 1, n, T), or None if it is not needed. With gates 0 1 0 1
+    and 0 0 1 0 of the sequences a and b, the queries are [a1 a3] and [b2 0], their slots (0, 0), (0, 1), and (1, 0).
     """
     b, t = rows
-    if 2 * len(b) >= B * T or T == 1:   # most are open (is_causal beats a mask), or one new token attends to all
+    if 2 * len(b) >= B * T or T == 1:   # at least half are open (is_causal beats a mask), or one new token attends to all
         return rows, T, None            # each query stays in its position
     count = torch.bincount(b, minlength=B)                              # (B,)
     first = count.cumsum(0) - count             # where each sequence begins among the N tokens
@@ -253,7 +252,7 @@ class Transformer(nn.Module):
         return F.linear(h, self.wte.weight).float()
 
     def forward(self, idx, sparse=False, caches=None):
-        """idx (B, T) -> logits (B, T, V) and gates (L, B, T), float32. In a plain model, gates are 1."""
+        """idx (B, T) -> logits (B, T, V), gates (L, B, T), float32. Plain: gates are 1, and `sparse` has no effect."""
         caches = caches or [None] * len(self.blocks)
         x = self.embed(idx, caches[0])
         for block, cache in zip(self.blocks, caches):
@@ -352,13 +351,12 @@ def load_checkpoint(path, **changes):
     with open(path, "rb") as file:
         try:
             saved = torch.load(file, map_location="cpu", weights_only=True)
-            unknown = saved["config"].keys() - {field.name for field in fields(Config)}
+            config = Config(**saved["config"] | changes)
             missing = {"model", "flags", "vocab", "prompt", "checksum"} - saved.keys()
-            if unknown or missing or zipfile.ZipFile(file).testzip():   # torch does not verify checksums
+            if missing or zipfile.ZipFile(file).testzip():      # torch does not verify checksums
                 raise ValueError
         except Exception:       # torch raises many types, and some recommend an unsafe load
             raise ValueError(f"{path} is damaged or from another version of train.py") from None
-    config = Config(**saved["config"] | changes)
     if config.model not in MODELS or (config.model == "tsa" and config.gate not in GATES):
         raise ValueError(f"{path}: tsa.py has no model {config.model} with gate {config.gate}")
     model = MODELS[config.model](config)
@@ -374,19 +372,16 @@ def multiply_adds(model, ran, T=None):
     def size(module):           # of its matrices: one multiply-add per weight and token (vectors do not count)
         return sum(weight.numel() for weight in module.parameters() if weight.dim() > 1)
 
-    T = T or model.config.block_size
+    attention = (T or model.config.block_size) * model.config.n_embd    # T / 2 keys on average, for score and value
     total = plain = size(model.wte)             # the head
     if isinstance(model, Exit):
         total *= sum(ran[1:])                   # it predicts after each block but the first
     elif isinstance(model, TSA):
         total += size(model.routers)
     for share, block in zip(ran, model.blocks):
-        # Every token is charged for keys, values, and attention to T / 2 keys on average (C multiply-adds each for
-        # score and value), whether it runs the block or not.
-        key_value = size(block.attn.key_value)
-        always = key_value + T * model.config.n_embd
-        total += always + share * (size(block) - key_value)
-        plain += always + size(block) - key_value
+        always = attention + size(block.attn.key_value)         # charged whether the token runs the block or not
+        total += always + share * (size(block) - size(block.attn.key_value))
+        plain += attention + size(block)
     return total, plain
 
 
