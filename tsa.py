@@ -154,7 +154,7 @@ def pack(rows, B, T):
     and 0 0 1 0 of the sequences a and b, the queries are [a1 a3] and [b2 0], their slots (0, 0), (0, 1), and (1, 0).
     """
     b, t = rows
-    if 2 * len(b) >= B * T or T == 1:   # at least half are open (is_causal beats a mask), or one new token attends to all
+    if 2 * len(b) >= B * T or T == 1:   # half or more are open (a mask is slower), or one new token attends to all
         return rows, T, None            # each query stays in its position
     count = torch.bincount(b, minlength=B)                              # (B,)
     first = count.cumsum(0) - count             # where each sequence begins among the N tokens
