@@ -1,7 +1,7 @@
 """
 Train and evaluate a model:
 
-    python train.py                                             a small model with gates, trained as in the paper
+    python train.py                                             a small model with the paper's gates
     python train.py --model plain                               the same model without gates
     python train.py --resume out/tsa-1                          continue an interrupted run
     python train.py --score out/tsa-1 --gate soft               evaluate a model with another gate
@@ -271,6 +271,8 @@ def parse_flags(argv):
     unused = {"plain": of_gates | {"--confidence"}, "tsa": {"--confidence"}, "exit": of_gates}
     if wrong := typed & unused.get(args.model, set()):
         parser.error(f"{', '.join(sorted(wrong))} has no effect with --model {args.model}")
+    if args.model == "tsa" and args.gate not in GATES:
+        parser.error(f"tsa.py has no gate {args.gate}; choose another one with --gate")
     args.dtype = args.dtype or ("bfloat16" if supports_bfloat16(args.device) else "float32")
     if args.out_dir and (args.out_dir / "ckpt.pt").exists():
         parser.error(f"--out_dir {args.out_dir} contains a run; continue it with --resume {args.out_dir}")

@@ -22,7 +22,7 @@ Shapes: B sequences of T tokens, C = n_embd channels, nh heads of size hs = C / 
 pass, N of the B * T tokens run a block. Attention sees S keys and values per sequence: T, or more with a cache.
 """
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 @dataclass
 class Config:
-    """The hyperparameters of a model. train.py has the paper's as `--preset paper`."""
+    """The hyperparameters of a model. train.py has the paper's for Tiny-Shakespeare as `--preset paper`."""
     model: str = "tsa"          # a name in MODELS
     gate: str = "skip"          # tsa: a name in GATES
     gate_bias: float = -1.0     # tsa: initial b2 of equation (3): -1 starts gates near 0.73, a larger b2 lower
@@ -134,6 +134,8 @@ class Attention(nn.Module):
         """
         B, T, C = h.shape
         assert T in (1, kv.size(1)), "with tokens in the cache, pass one at a time"    # is_causal needs S = T
+        if rows is not None and T == 1:         # when writing, the sequences whose token runs are a smaller batch
+            return self(h[rows[0]], kv[rows[0]]).squeeze(1)             # (N, C)
         q = self.query(h if rows is None else h[rows])                  # (B, T, C) or (N, C)
         mask = None
         if rows is not None:    # the kernel takes n queries of every sequence, padded with 0
@@ -154,8 +156,8 @@ def pack(rows, B, T):
     and 0 0 1 0 of the sequences a and b, the queries are [a1 a3] and [b2 0], their slots (0, 0), (0, 1), and (1, 0).
     """
     b, t = rows
-    if 2 * len(b) >= B * T or T == 1:   # half or more are open (a mask is slower), or one new token attends to all
-        return rows, T, None            # each query stays in its position
+    if 2 * len(b) >= B * T:         # half or more are open: is_causal is faster than a mask
+        return rows, T, None        # each query stays in its position
     count = torch.bincount(b, minlength=B)                              # (B,)
     first = count.cumsum(0) - count             # where each sequence begins among the N tokens
     column = torch.arange(len(b), device=b.device) - first[b]           # (N,)
@@ -351,12 +353,13 @@ def load_checkpoint(path, **changes):
     with open(path, "rb") as file:
         try:
             saved = torch.load(file, map_location="cpu", weights_only=True)
-            config = Config(**saved["config"] | changes)
+            unknown = saved["config"].keys() - {field.name for field in fields(Config)}
             missing = {"model", "flags", "vocab", "prompt", "checksum"} - saved.keys()
-            if missing or zipfile.ZipFile(file).testzip():      # torch does not verify checksums
+            if unknown or missing or zipfile.ZipFile(file).testzip():   # torch does not verify checksums
                 raise ValueError
         except Exception:       # torch raises many types, and some recommend an unsafe load
             raise ValueError(f"{path} is damaged or from another version of train.py") from None
+    config = Config(**saved["config"] | changes)
     if config.model not in MODELS or (config.model == "tsa" and config.gate not in GATES):
         raise ValueError(f"{path}: tsa.py has no model {config.model} with gate {config.gate}")
     model = MODELS[config.model](config)
