@@ -295,6 +295,7 @@ def test_counted_multiply_adds_are_those_that_ran(design, T):
     counted += 4 * T * 16 + ran.count(0) * 2 * 16 ** 2          # charged
     plain = 4 * (12 * 16 ** 2 + T * 16) + 11 * 16               # the weights and scores of four blocks, the head
     assert multiply_adds(model, ran, T) == pytest.approx((counted, plain)), f"{design}: one for each matrix weight"
+    assert attention <= 4 * 2 * 2 * 3 * T * T * 16              # packed queries are never more than T a sequence
 
 
 @pytest.mark.parametrize("design, sparse", [*((design, True) for design in DESIGNS), ("soft", False), ("exit", False)])
