@@ -146,7 +146,7 @@ def evaluate(model, idx, targets, sparse):
     loss_sum, gate_sum, ran = 0, 0, 0
     for x, y in zip(idx.split(64), targets.split(64)):
         logits, gates = model(x.to(device), sparse)                             # gates (L, B, T)
-        loss_sum += token_loss(logits, y.to(device)).sum().item()               # in double precision
+        loss_sum += token_loss(logits, y.to(device)).sum().item()               # batches add up in double precision
         gate_sum = gate_sum + gates.sum((1, 2))
         ran = ran + (gates != 0).sum((1, 2))
     return loss_sum / targets.numel(), (gate_sum / idx.numel()).tolist(), (ran / idx.numel()).tolist()
@@ -182,8 +182,7 @@ def score(model, idx, targets, timed=False):
     (val_loss, gates, _), (val_loss_sparse, _, ran) = full, sparse
     total, plain = multiply_adds(model, ran, idx.size(1))
     saved = 1 - total / plain           # negative if the routers cost more
-    counted = ran if kind == "exit" else gates          # in token-layer operations (TLOps), the paper's unit
-    tlops_saved = 1 - sum(counted) / len(counted)
+    tlops_saved = 1 - sum(ran if kind == "exit" else gates) / len(ran)      # token-layer operations, the paper's unit
     by_count = f"  {tlops_saved:.1%} saved by the paper's count"
     print(f"full   loss {val_loss:.4f}" + (f"  gates {spaced(gates)}{by_count}" if kind == "tsa" else ""))
     if kind != "plain":
@@ -271,8 +270,6 @@ def parse_flags(argv):
     unused = {"plain": of_gates | {"--confidence"}, "tsa": {"--confidence"}, "exit": of_gates}
     if wrong := typed & unused.get(args.model, set()):
         parser.error(f"{', '.join(sorted(wrong))} has no effect with --model {args.model}")
-    if args.model == "tsa" and args.gate not in GATES:
-        parser.error(f"tsa.py has no gate {args.gate}; choose another one with --gate")
     args.dtype = args.dtype or ("bfloat16" if supports_bfloat16(args.device) else "float32")
     if args.out_dir and (args.out_dir / "ckpt.pt").exists():
         parser.error(f"--out_dir {args.out_dir} contains a run; continue it with --resume {args.out_dir}")
@@ -319,6 +316,7 @@ def run_program(main):
     """Run main. Ctrl-C, a closed pipe (as in `train.py | head`) or a diverged loss ends it without a traceback."""
     try:
         main()
+        sys.stdout.flush()
     except FloatingPointError as error:
         sys.exit(f"error: {error}")
     except (BrokenPipeError, KeyboardInterrupt):

@@ -134,7 +134,7 @@ class Attention(nn.Module):
         """
         B, T, C = h.shape
         assert T in (1, kv.size(1)), "with tokens in the cache, pass one at a time"    # is_causal needs S = T
-        if rows is not None and T == 1:         # when writing, the sequences whose token runs are a smaller batch
+        if rows is not None and T == 1:         # generation: a batch of only the sequences whose token runs
             return self(h[rows[0]], kv[rows[0]]).squeeze(1)             # (N, C)
         q = self.query(h if rows is None else h[rows])                  # (B, T, C) or (N, C)
         mask = None
