@@ -211,7 +211,7 @@ def usable_device(name):
     try:
         torch.zeros(1, device=name).item()
     except (AssertionError, ImportError, RuntimeError):
-        raise argparse.ArgumentTypeError(f"PyTorch cannot use the device {name} here") from None
+        raise argparse.ArgumentTypeError(f"PyTorch cannot use the device {name} here; try --device cpu") from None
     return name
 
 
