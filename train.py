@@ -2,12 +2,11 @@
 Train and evaluate a model:
 
     python train.py                                             a small model with the paper's gates
-    python train.py --model plain                               the same model without gates
     python train.py --resume out/tsa-1                          continue an interrupted run
     python train.py --score out/tsa-1 --gate soft               evaluate a model with another gate
     python train.py --preset chain --gate straight --halt --lam 0.03        a puzzle; takes two minutes
 
---help lists all flags. Each step's random numbers depend only on (seed, step), so all designs are trained on the same
+--help lists all flags, such as --model plain. Random numbers depend only on (seed, step), so all designs see the same
 batches, and a resumed run matches one that was never interrupted (on a CPU, bit for bit).
 """
 import argparse
@@ -16,11 +15,11 @@ import itertools
 import json
 import math
 import os
-import statistics
+import signal
 import sys
 import time
+from collections import namedtuple
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,18 +40,66 @@ PRESETS = {     # each replaces some defaults of the flags below
 }
 
 
+def bounded(kind, low, high=math.inf):
+    """A type for argparse: an int or a float from low to high, but not inf or nan."""
+    def number(text):
+        if low <= kind(text) <= high and math.isfinite(kind(text)):
+            return kind(text)
+        raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
+    return number
+
+
+def usable_device(name):
+    """A type for argparse: a device that PyTorch can use here."""
+    try:
+        torch.zeros(1, device=name).item()
+    except (AssertionError, ImportError, RuntimeError):
+        raise argparse.ArgumentTypeError(f"PyTorch cannot use the device {name} here; try --device cpu") from None
+    return name
+
+
+Flag = namedtuple("Flag", "default kind help")         # kind: a type, or the names to choose from
+FLAGS = {
+    "preset": Flag("laptop", PRESETS, "replaces some of the defaults below"),
+    "model": Flag(Config.model, MODELS, "the plain transformer, the paper's model, or early exit"),
+    "gate": Flag(Config.gate, GATES, "tsa: gate design, from GATES in tsa.py"),
+    "gate_bias": Flag(Config.gate_bias, bounded(float, -math.inf), "tsa: initial b2 of equation (3)"),
+    "halt": Flag(Config.halt, bool, "tsa: multiply each gate by the previous"),
+    "lam": Flag(0.001, bounded(float, 0), "tsa: weight of the depth loss (the mean gate)"),
+    "lam_ramp": Flag(0.0, bounded(float, 0, 1), "tsa: fraction of training in which lam rises from 0"),
+    "confidence": Flag(Config.confidence, bounded(float, 0, 1), "exit: exit above this top probability"),
+    "data": Flag("auto", str, "shakespeare, enwik8, stdlib, chain, a file; auto: shakespeare, else stdlib"),
+    "n_layer": Flag(Config.n_layer, bounded(int, 1), "number of blocks"),
+    "n_head": Flag(Config.n_head, bounded(int, 1), "number of attention heads"),
+    "n_embd": Flag(Config.n_embd, bounded(int, 1), "embedding width"),
+    "block_size": Flag(Config.block_size, bounded(int, 1), "context length in tokens"),
+    "dropout": Flag(Config.dropout, bounded(float, 0, 1), "dropout probability"),
+    "batch_size": Flag(32, bounded(int, 1), "sequences per step"),
+    "max_iters": Flag(2400, bounded(int, 1), "training steps; with --resume, a new length, which the schedule follows"),
+    "learning_rate": Flag(1.5e-3, bounded(float, 0), "peak learning rate; cosine decay to 10%%"),
+    "warmup_iters": Flag(100, bounded(int, 0), "steps of linear warm-up"),
+    "eval_interval": Flag(200, bounded(int, 1), "steps between evaluations and checkpoints"),
+    "seed": Flag(0, bounded(int, 0), "random seed"),
+    "device": Flag(DEVICE, usable_device, "cpu, cuda, mps ..."),
+    "dtype": Flag(None, ("float32", "bfloat16"), "precision of training; None: bfloat16 where it is fast"),
+    "out_dir": Flag(None, Path, "new folder, for this run only; None: out/MODEL-1, -2, ..."),
+    "resume": Flag(None, Path, "folder of a run to continue (only --device and --max_iters may change)"),
+    "score": Flag(None, Path, "run or checkpoint to evaluate (--gate, --halt, --confidence, --device may change)"),
+}
+FLAGS |= {field.name: Flag(field.default, field.type, "see Config in tsa.py") for field in fields(Config)
+          if field.name not in (*FLAGS, "vocab_size")}          # what you add to Config becomes a flag, too
+
+
 def seed_step(seed, step):
     """Make a step's batch and dropout depend only on (seed, step). Step 0 is the initialization."""
-    # With the sum of the two as the seed, step 2 of seed 0 would have the batch of step 1 of seed 1.
-    torch.manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
+    torch.manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))   # not seed + step: they overlap
 
 
 def make_optimizer(model):
     """AdamW as in the paper: weight decay on matrices only, not on biases, LayerNorms or embeddings."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
-        is_matrix = parameter.dim() > 1 and name not in ("wte.weight", "wpe.weight")
-        (matrices if is_matrix else others).append(parameter)
+        (others if parameter.dim() < 2 or name in ("wte.weight", "wpe.weight") else matrices).append(parameter)
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
@@ -63,37 +110,26 @@ def schedule(step, warmup_iters, max_iters):
     return min(step / max(warmup_iters, 1), 1) * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
 
 
-@contextlib.contextmanager
-def precision(device, dtype):
-    """The context of a training step. On a CPU in bfloat16, the unfused attention kernel is faster."""
-    device = torch.device(device).type
-    attention = contextlib.nullcontext()
-    if (device, dtype) == ("cpu", "bfloat16"):
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)    # applies to CPUs, too
-        attention = sdpa_kernel(SDPBackend.MATH)
-    with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"), attention:
-        yield
-
-
 def fit(model, args, corpus, idx, targets, saved):
     """Train, evaluate on idx, targets (n, T), and save the run. `saved` is the checkpoint to resume, or None."""
-    optimizer = make_optimizer(model)
-    done = saved["step"] if saved else 0
+    optimizer, done = make_optimizer(model), 0
     if saved:
         optimizer.load_state_dict(saved["optimizer"])
+        done = saved["step"]
     flags = {name: value for name, value in vars(args).items() if name not in ("out_dir", "resume", "score")}
     run = {"config": vars(model.config), "flags": flags, "vocab": corpus.vocab, "checksum": corpus.checksum(),
            "prompt": corpus.prompt[:args.block_size]}
     size = sum(weight.numel() for weight in model.parameters())
-    print(f"{size:,} parameters, data {args.data}, device {args.device}, dtype {args.dtype}")
+    routers = sum(weight.numel() for name, weight in model.named_parameters() if name.startswith("routers."))
+    print(f"{size:,} parameters ({routers / size:.1%} of them in routers), data {args.data}, device {args.device}, "
+          f"dtype {args.dtype}")
+    unfused = args.device.startswith("cpu") and args.dtype == "bfloat16"        # there, unfused attention is faster
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(unfused)             # applies to CPUs, too
 
     def score_after(step):      # on all windows at the end, otherwise on a few hundred, spread over the split
         last = step == args.max_iters
         stride = 1 if last else max(len(idx) // 256, 1)
-        scores = score(model, idx[::stride], targets[::stride], timed=last)
-        if not math.isfinite(scores["val_loss"] + scores["val_loss_sparse"]):
-            raise FloatingPointError("the loss is not finite: start again with a lower --learning_rate or another gate")
-        return scores
+        return score(model, idx[::stride], targets[::stride], timed=last)
 
     scores = score_after(done)
     began = time.perf_counter()
@@ -103,50 +139,53 @@ def fit(model, args, corpus, idx, targets, saved):
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * schedule(step, args.warmup_iters, args.max_iters)
         lam = args.lam * min(step / max(args.lam_ramp * args.max_iters, 1), 1)          # without a ramp, at once
-
         x, y = (part.to(args.device) for part in corpus.batch(args.batch_size, args.block_size))  # (B, T) each
-        with precision(args.device, args.dtype):
+        attention = sdpa_kernel(SDPBackend.MATH) if unfused else contextlib.nullcontext()
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"), attention:
             task_loss, gates = model.loss(x, y)                                 # gates (L, B, T)
-            depth_loss = gates[1:].mean() if args.model == "tsa" else 0
+            depth_loss = model.routers[0].depth_loss(gates[1:]) if args.model == "tsa" else 0
             loss = task_loss + lam * depth_loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-
         if step % 20 == 0:
             seconds = (time.perf_counter() - began) / (step - done)         # per step, including evaluations
-            shown = f"  gates {spaced(gates.mean((1, 2)).tolist())}" if args.model == "tsa" else ""
+            shown = "  gates" + "".join(f" {gate:.2f}" for gate in gates.mean((1, 2))) if args.model == "tsa" else ""
             print(f"step {step}/{args.max_iters}  loss {task_loss.item():.4f}{shown}  {1000 * seconds:.0f} ms/step, "
                   f"{seconds * (args.max_iters - step) / 60:.1f} min left", flush=True)
         if step % args.eval_interval == 0 or step == args.max_iters:
             scores = score_after(step)
             run.update(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
-            args.out_dir = args.out_dir or new_folder(args.model)
-            torch.save(run, args.out_dir / "ckpt.tmp")
-            (args.out_dir / "ckpt.tmp").replace(args.out_dir / "ckpt.pt")       # so ckpt.pt is always complete
-
+            new = args.out_dir / f"ckpt-{os.getpid()}.tmp"          # of this process: the run may be resumed twice
+            torch.save(run, new)
+            new.replace(args.out_dir / "ckpt.pt")                   # so ckpt.pt is always complete
+            (args.out_dir / "result.json").unlink(missing_ok=True)              # of a shorter run
     (args.out_dir / "result.json").write_text(json.dumps(run["config"] | flags | scores, indent=1))
     print(f"to look inside: python sample.py {args.out_dir} (with or without --map)")
 
 
-def new_folder(model):
-    """Make the first of out/MODEL-1, out/MODEL-2, ... that does not exist."""
+def new_folder(path, model):
+    """Make path or, if that is None, the first of out/MODEL-1, out/MODEL-2, ... that does not exist. Return it."""
     for n in itertools.count(1):
-        with contextlib.suppress(FileExistsError):
-            folder = Path(f"out/{model}-{n}")
+        folder = path or Path(f"out/{model}-{n}")
+        try:
             folder.mkdir(parents=True)
             return folder
+        except FileExistsError:
+            if path:
+                message = f"--out_dir {path} exists; choose another, or continue its run with --resume {path}"
+                raise FileExistsError(message) from None
 
 
 @torch.no_grad()
 def evaluate(model, idx, targets, sparse):
     """Windows idx, targets (n, T) -> the mean loss, each block's mean gate, and the fraction of tokens that ran it."""
-    device = model.wte.weight.device
     loss_sum, gate_sum, ran = 0, 0, 0
     for x, y in zip(idx.split(64), targets.split(64)):
-        logits, gates = model(x.to(device), sparse)                             # gates (L, B, T)
-        loss_sum += token_loss(logits, y.to(device)).sum().item()               # batches add up in double precision
+        logits, gates = model(x, sparse)                                        # gates (L, B, T)
+        assert not ((gates < 0) | (gates > 1)).any(), f"gates from {gates.min():.3g} to {gates.max():.3g}, not 0 to 1"
+        loss_sum += token_loss(logits, y).sum().item()                          # batches add up in double precision
         gate_sum = gate_sum + gates.sum((1, 2))
         ran = ran + (gates != 0).sum((1, 2))
     return loss_sum / targets.numel(), (gate_sum / idx.numel()).tolist(), (ran / idx.numel()).tolist()
@@ -155,10 +194,9 @@ def evaluate(model, idx, targets, sparse):
 @torch.no_grad()
 def speedup(model, idx):
     """How many times as fast a sparse pass is as a plain model with the same blocks, on windows idx (n, T)."""
-    x = idx[:64].to(model.wte.weight.device)
-    plain, sparse = partial(Transformer.forward, model, x), partial(model, x, sparse=True)
-    ratios = [seconds_of(plain) / seconds_of(sparse) for _ in range(16)]        # they take turns, because speeds drift
-    return statistics.median(ratios[1:])        # without the warm-up
+    ratios = [seconds_of(lambda: Transformer.forward(model, idx)) / seconds_of(lambda: model(idx, sparse=True))
+              for _ in range(16)]               # they take turns, because speeds drift
+    return np.median(ratios[1:])                # without the warm-up
 
 
 def seconds_of(run):
@@ -166,10 +204,6 @@ def seconds_of(run):
     began = time.perf_counter()
     run()[-1].any().item()
     return time.perf_counter() - began
-
-
-def spaced(numbers):
-    return " ".join(f"{number:.2f}" for number in numbers)
 
 
 def score(model, idx, targets, timed=False):
@@ -184,35 +218,18 @@ def score(model, idx, targets, timed=False):
     saved = 1 - total / plain           # negative if the routers cost more
     tlops_saved = 1 - sum(ran if kind == "exit" else gates) / len(ran)      # token-layer operations, the paper's unit
     by_count = f"  {tlops_saved:.1%} saved by the paper's count"
-    print(f"full   loss {val_loss:.4f}" + (f"  gates {spaced(gates)}{by_count}" if kind == "tsa" else ""))
+    gates_shown, ran_shown = ("".join(f" {share:.2f}" for share in shares) for shares in (gates, ran))
+    print(f"full   loss {val_loss:.4f}" + (f"  gates{gates_shown}{by_count}" if kind == "tsa" else ""))
     if kind != "plain":
         more_or_fewer = f"{abs(saved):.1%} {'fewer' if saved >= 0 else 'more'} multiply-adds"
-        times = f", {speedup(model, idx):.1f}x as fast" if timed else ""
-        print(f"sparse loss {val_loss_sparse:.4f}  open  {spaced(ran)}  {more_or_fewer}{times}")
+        times = f", {speedup(model, idx[:64]):.1f}x as fast" if timed else ""
+        print(f"sparse loss {val_loss_sparse:.4f}  open {ran_shown}  {more_or_fewer}{times}")
     if kind == "exit":
         print(" " * 6 + by_count)
+    if not math.isfinite(val_loss + val_loss_sparse):
+        raise FloatingPointError("the loss is not finite: start again with a lower --learning_rate or another gate")
     return dict(val_loss=val_loss, val_loss_sparse=val_loss_sparse, tlops_saved=tlops_saved, blocks=sum(ran),
                 saved=saved, gates=gates, ran=ran)
-
-
-def bounded(kind, low, high=math.inf):
-    """A type for argparse: an int or a float from low to high, but not inf or nan."""
-    def number(text):
-        value = kind(text)
-        if low <= value <= high and abs(value) != math.inf:
-            return value
-        raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
-    number.__name__ = kind.__name__         # for argparse's message on a text such as 2.5 for an int
-    return number
-
-
-def usable_device(name):
-    """A type for argparse: a device that PyTorch can use here."""
-    try:
-        torch.zeros(1, device=name).item()
-    except (AssertionError, ImportError, RuntimeError):
-        raise argparse.ArgumentTypeError(f"PyTorch cannot use the device {name} here; try --device cpu") from None
-    return name
 
 
 def supports_bfloat16(device):
@@ -223,97 +240,82 @@ def supports_bfloat16(device):
 
 def parse_flags(argv):
     """Return the flags, and the model and the checkpoint to resume or to score (or None, None)."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add, positive, fraction = parser.add_argument, bounded(int, 1), bounded(float, 0, 1)
-    add("--preset", default="laptop", choices=PRESETS, help="replaces some of the defaults below")
-    add("--model", default=Config.model, choices=MODELS, help="the plain transformer, the paper's model, or early exit")
-    add("--gate", default=Config.gate, choices=GATES, help="tsa: gate design, from GATES in tsa.py")
-    add("--gate_bias", default=Config.gate_bias, type=bounded(float, -math.inf), help="tsa: initial b2 of equation (3)")
-    add("--halt", default=False, action=argparse.BooleanOptionalAction, help="tsa: multiply each gate by the previous")
-    add("--lam", default=0.001, type=bounded(float, 0), help="tsa: weight of the depth loss (the mean gate)")
-    add("--lam_ramp", default=0.0, type=fraction, help="tsa: fraction of training in which lam rises from 0")
-    add("--confidence", default=Config.confidence, type=fraction, help="exit: exit above this top probability")
-    add("--data", default="auto", help="shakespeare, enwik8, stdlib, chain, a file; auto: shakespeare, else stdlib")
-    add("--n_layer", default=Config.n_layer, type=positive, help="number of blocks")
-    add("--n_head", default=Config.n_head, type=positive, help="number of attention heads")
-    add("--n_embd", default=Config.n_embd, type=positive, help="embedding width")
-    add("--block_size", default=Config.block_size, type=positive, help="context length in tokens")
-    add("--dropout", default=Config.dropout, type=fraction, help="dropout probability")
-    add("--batch_size", default=32, type=positive, help="sequences per step")
-    add("--max_iters", default=2400, type=positive, help="training steps")
-    add("--learning_rate", default=1.5e-3, type=bounded(float, 0), help="peak learning rate; cosine decay to 10%%")
-    add("--warmup_iters", default=100, type=bounded(int, 0), help="steps of linear warm-up")
-    add("--eval_interval", default=200, type=positive, help="steps between evaluations and checkpoints")
-    add("--seed", default=0, type=bounded(int, 0), help="random seed")
-    add("--device", default=DEVICE, type=usable_device, help="cpu, cuda, mps ...")
-    add("--dtype", choices=("float32", "bfloat16"), help="precision of training; None: bfloat16 where it is fast")
-    add("--out_dir", type=Path, help="new folder, for this run only; None: out/MODEL-1, -2, ...")
-    add("--resume", type=Path, help="folder of a run to continue (only --device may change)")
-    add("--score", type=Path, help="run or checkpoint to evaluate (--gate, --halt, --confidence, --device may change)")
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    for name, flag in FLAGS.items():
+        how = {"type": flag.kind} if callable(flag.kind) else {"choices": flag.kind}
+        how = {"action": argparse.BooleanOptionalAction} if flag.kind is bool else how
+        parser.add_argument(f"--{name}", **how, help=f"{flag.help} (default: {flag.default})")
+    typed = vars(parser.parse_args(argv))           # the flags that were typed, and no others
 
-    # What was typed replaces the defaults of a preset, or the flags of a checkpoint.
-    typed = {word.partition("=")[0].replace("--no-", "--") for word in argv if word.startswith("--")}
-    args, model, saved = parser.parse_args(argv), None, None
-    defaults = PRESETS[args.preset]
-    if args.resume or args.score:
-        task, may_change = ("--resume", set()) if args.resume else ("--score", {"--gate", "--halt", "--confidence"})
-        if wrong := typed - may_change - {task, "--device"}:
-            parser.error(f"{', '.join(sorted(wrong))} cannot be combined with {task}")
-        changes = {flag[2:]: getattr(args, flag[2:]) for flag in typed & may_change}
-        model, saved = load_checkpoint(args.resume or args.score, **changes)
-        defaults = saved["flags"] | ({"device": DEVICE} if args.score else {})
-    if args.resume and not (args.resume.is_dir() and "optimizer" in saved):
-        parser.error("--resume needs the folder of a run; to evaluate any checkpoint, use --score")
-    parser.set_defaults(**defaults)
-    args = parser.parse_args(argv)
-    of_gates = {"--gate", "--gate_bias", "--halt", "--lam", "--lam_ramp"}
-    unused = {"plain": of_gates | {"--confidence"}, "tsa": {"--confidence"}, "exit": of_gates}
-    if wrong := typed & unused.get(args.model, set()):
-        parser.error(f"{', '.join(sorted(wrong))} has no effect with --model {args.model}")
-    args.dtype = args.dtype or ("bfloat16" if supports_bfloat16(args.device) else "float32")
-    if args.out_dir and (args.out_dir / "ckpt.pt").exists():
-        parser.error(f"--out_dir {args.out_dir} contains a run; continue it with --resume {args.out_dir}")
+    def listed(names):
+        return ", ".join(f"--{name}" for name in sorted(names))
+
+    model, saved, trained = None, None, {}          # `trained`: the flags that the checkpoint was trained with
+    task = "resume" if "resume" in typed else "score"
+    if task in typed:
+        may_change = {"max_iters"} if task == "resume" else {"gate", "halt", "confidence"}
+        if others := typed.keys() - may_change - {task, "device"}:
+            parser.error(f"{listed(others)} cannot be combined with --{task}")
+        changes = {name: typed[name] for name in ("gate", "halt", "confidence") if name in typed}
+        model, saved = load_checkpoint(typed[task], **changes)
+        trained = saved["flags"] | ({"device": DEVICE} if task == "score" else {"out_dir": typed["resume"]})
+        if task == "resume" and not (typed[task].is_dir() and "optimizer" in saved):
+            parser.error("--resume needs the folder of a run (--score takes any checkpoint)")
+    defaults, preset = {name: flag.default for name, flag in FLAGS.items()}, PRESETS[typed.get("preset", "laptop")]
+    args = argparse.Namespace(**defaults | preset | trained | typed)        # of two values, the one further right wins
+
+    of_gates = {"gate", "gate_bias", "halt", "lam", "lam_ramp"}
+    unused = {"plain": of_gates | {"confidence"}, "tsa": {"confidence"}, "exit": of_gates}
+    if others := typed.keys() & unused.get(args.model, set()):
+        parser.error(f"{listed(others)} has no effect with --model {args.model}")
     if args.n_embd % args.n_head:
         parser.error(f"--n_embd {args.n_embd} is not divisible by --n_head {args.n_head}")
     if args.n_layer == 1 and args.model != "plain":
         parser.error(f"--model {args.model} needs --n_layer 2 or more")
+    if args.resume and args.max_iters < saved["step"]:
+        parser.error(f"--max_iters {args.max_iters} is less than the {saved['step']} steps that the run has already")
+    usable_device(args.device)                      # a resumed run may be from another machine
+    args.dtype = args.dtype or ("bfloat16" if supports_bfloat16(args.device) else "float32")
     return args, model, saved
 
 
 def main(argv=None):
     try:
         args, model, saved = parse_flags(sys.argv[1:] if argv is None else argv)
-        if args.data == "auto":
-            args.data = data.shakespeare_or_stdlib()
+        args.data = data.shakespeare_or_stdlib() if args.data == "auto" else args.data
         corpus = data.load(args.data, saved["vocab"] if args.score else None)
-        idx, targets = corpus.windows("val", args.block_size)           # (n, T) each
+        idx, targets = (part.to(args.device) for part in corpus.windows("val", args.block_size))       # (n, T) each
         if saved and saved["checksum"] != corpus.checksum():
             message = f"--data {args.data} is not the text that this model was trained on"
             if args.resume:
                 raise ValueError(message)
             print(f"note: {message}")
-        if not saved:
-            (args.out_dir or Path("out")).mkdir(parents=True, exist_ok=True)    # a mistake should show before training
-    except (OSError, ValueError) as error:
+        if not saved:           # make the folder now: a mistake shows before training, and no other run takes it
+            args.out_dir = new_folder(args.out_dir, args.model)
+    except (OSError, ValueError, argparse.ArgumentTypeError) as error:
         sys.exit(f"error: {error}")
-    if not saved:
-        seed_step(args.seed, 0)
-        settings = {field.name: getattr(args, field.name) for field in fields(Config) if field.name in args}
-        model = MODELS[args.model](Config(vocab_size=len(corpus.vocab), **settings))
-    model.to(args.device)
-    if args.score:
-        score(model, idx, targets, timed=True)
-        return
-    args.out_dir = args.resume or args.out_dir
     try:
-        fit(model, args, corpus, idx, targets, saved)
+        if not saved:
+            seed_step(args.seed, 0)
+            settings = {field.name: getattr(args, field.name) for field in fields(Config) if field.name in args}
+            model = MODELS[args.model](Config(vocab_size=len(corpus.vocab), **settings))
+        model.to(args.device)
+        if args.score:
+            score(model, idx, targets, timed=True)
+        else:
+            fit(model, args, corpus, idx, targets, saved)
     except KeyboardInterrupt:
         has_run = args.out_dir and (args.out_dir / "ckpt.pt").exists()
         sys.exit(f"\ninterrupted. To continue: python train.py --resume {args.out_dir}" if has_run else "\ninterrupted")
+    finally:
+        if not saved:
+            with contextlib.suppress(OSError):          # it is not empty after the first checkpoint
+                os.removedirs(args.out_dir)
 
 
 def run_program(main):
     """Run main. Ctrl-C, a closed pipe (as in `train.py | head`) or a diverged loss ends it without a traceback."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)       # `kill` stops it in the same way as Ctrl-C
     try:
         main()
         sys.stdout.flush()

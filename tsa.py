@@ -1,28 +1,33 @@
 """
-Token-Selective Attention (TSA) in one file: a character-level transformer in which routers, one after each block but
-the last, decide for every token how strongly the next block updates it. This implements "Adaptive Computation Depth via
-Learned Token Routing in Transformers" (arXiv 2605.05222). Each block but the first has a gate for every token. The
-gate scales both updates of the token's state x:
+Token-Selective Attention (TSA) in one file: a character-level transformer in which a token can skip blocks (layers). It
+implements "Adaptive Computation Depth via Learned Token Routing in Transformers" (arXiv 2605.05222).
+
+Before every block but the first, a router gives each token a gate between 0 and 1. The gate scales both updates that
+the block makes to the token's state x:
 
     x = x + gate * attn(ln1(x))                     (1)
     x = x + gate * ffn(ln2(x))                      (2)
 
-A router computes from x the "probability" p that the token skips the next block:
+From x, the router computes a "probability" p of skipping the block. It is never sampled; 1 - p is just a factor:
 
     p = sigmoid(W2 relu(W1 x + b1) + b2)            (3)
     gate = 1 - p                                    (4)
 
-Nothing is sampled. A model with gates runs in two ways:
+A model with gates runs in two ways:
 
-    model(idx)                  full: every block is computed for every token and scaled by its gate, as in training
-    model(idx, sparse=True)     sparse: a token whose gate is 0 skips the block and keeps its x
+    model(idx)                  full: all tokens run all blocks, and their gates scale the updates, as in training
+    model(idx, sparse=True)     sparse: a token whose gate is exactly 0 skips the block and keeps its x
 
-Gates of equation (4) are almost never exactly 0, so a design may set small ones to 0 in a sparse pass.
+Equation (4) almost never gives exactly 0. The designs in GATES differ in how they get zeros.
+
+Where to start: GATES has the gate designs, TSA.forward calls their routers, and Block.forward scales and skips.
+train.py adds lambda times Router.depth_loss to the loss, which pushes gates toward 0.
+
 Shapes: B sequences of T tokens, C = n_embd channels, nh heads of size hs = C / nh, V characters, L blocks. In a sparse
 pass, N of the B * T tokens run a block. Attention sees S keys and values per sequence: T, or more with a cache.
 """
 import zipfile
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,14 +37,14 @@ from torch.nn import functional as F
 
 @dataclass
 class Config:
-    """The hyperparameters of a model. train.py has the paper's for Tiny-Shakespeare as `--preset paper`."""
+    """The hyperparameters of a model. For the paper's, see the preset in train.py. A field of yours becomes a flag."""
     model: str = "tsa"          # a name in MODELS
     gate: str = "skip"          # tsa: a name in GATES
-    gate_bias: float = -1.0     # tsa: initial b2 of equation (3): -1 starts gates near 0.73, a larger b2 lower
+    gate_bias: float = -1.0     # tsa: initial b2 of equation (3): gates start near 0.73 at -1, lower at a larger b2
     halt: bool = False          # tsa: multiply each gate by the previous one, so that it stays 0 once it is 0
-    confidence: float = 0.9     # exit: exit once the largest probability exceeds this
+    confidence: float = 0.9     # exit: a token exits once its top probability exceeds this
     vocab_size: int = 65
-    block_size: int = 64        # maximum sequence length
+    block_size: int = 64        # context length in tokens (nanoGPT's name; not a Block, which is a layer)
     n_layer: int = 6
     n_head: int = 4
     n_embd: int = 128
@@ -47,13 +52,13 @@ class Config:
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Gates: the place to experiment.
+# Gates: the place to experiment. Add a design, give it a name in GATES, and train it with --gate NAME.
 
 class Router(nn.Module):
     """
-    Computes the gate of the next block from the state after this one. A design derives from the paper's GateMLP and
-    overrides `gate` or `sparse_gate`, or it derives from Router and defines `scale(x, gates)`, which takes the place of
-    1 - p. A token's gate may depend on its own x and gates only: in generation, x is just the newest token.
+    Gives each token its gate for the next block. To write a design, derive from GateMLP (the paper's router) and
+    override `gate`, `sparse_gate`, or `depth_loss`, or derive from Router and define `scale(x, gates)`, which replaces
+    1 - p. A token's gate must depend only on its own x and earlier gates: in generation, x holds only the newest token.
     """
 
     def __init__(self, config):
@@ -61,17 +66,28 @@ class Router(nn.Module):
         self.halt = config.halt
 
     def forward(self, x, gates):
-        """x (B, T, C) and the gates of all earlier blocks, a list of (B, T) -> the gate of the next block (B, T)."""
+        """x (B, T, C) and the gates of all blocks so far, a list of (B, T) -> the gates of the next block (B, T)."""
         gate = self.gate(self.scale(x, gates))
         return gate * gates[-1] if self.halt else gate
 
+    def scale(self, x, gates):
+        """x and gates as above -> (B, T), float32."""
+        raise NotImplementedError
+
     def gate(self, scale):
-        """The gate, made from the scale (by default, the same). It may be random only `if self.training`."""
+        """
+        Turn the scale (B, T) into the gate of a full pass, between 0 and 1 (by default, the scale itself). Add noise
+        only `if self.training`. Where this is flat, as at the ends of a clamp, no gradient reaches the router.
+        """
         return scale
 
     def sparse_gate(self, gate):
-        """The gate in a sparse pass, made from the one in training (by default, the same)."""
+        """Turn a gate into the one that a sparse pass uses (by default, itself). Exactly 0 skips the block."""
         return gate
+
+    def depth_loss(self, gates):
+        """What lambda multiplies, from the gates (L - 1, B, T) of all blocks but block 0: by default, their mean."""
+        return gates.mean()
 
 
 class GateMLP(Router):
@@ -85,39 +101,39 @@ class GateMLP(Router):
         nn.init.constant_(self.out.bias, config.gate_bias)
 
     def scale(self, x, gates):
-        """1 - p (B, T), equations (3) and (4). In float32, because bfloat16 would round a p near 1 to 1."""
+        """1 - p (B, T), equations (3) and (4). In float32: bfloat16 rounds a p close to 1 to 1, and its gate to 0."""
         return 1 - torch.sigmoid(self.out(F.relu(self.fc(x))).squeeze(-1).float())
 
 
 class Soft(GateMLP):
-    """The paper's design: in a sparse pass, the gate is rounded to 0 or 1."""
+    """The paper's design: trained as 1 - p, but rounded to 0 or 1 in a sparse pass."""
     def sparse_gate(self, gate):
         return (gate >= 0.5).float()
 
 
 class Skip(GateMLP):
-    """The paper's gate in training. A sparse pass sets gates below 0.1 to 0 and keeps the others."""
+    """Trained like Soft. A sparse pass sets gates below 0.1 to 0 and leaves the others unchanged."""
     def sparse_gate(self, gate):
         return gate * (gate >= 0.1)
 
 
 class Stretch(GateMLP):
-    """A gate that is exactly 0 up to a scale of 1/7, and 1 from 6/7."""
+    """The scale, stretched and clamped: exactly 0 up to a scale of 1/7, exactly 1 from 6/7. The same in all passes."""
     def gate(self, scale):
         return (1.4 * scale - 0.2).clamp(0, 1)          # hard concrete without noise (Louizos et al. 2018, 1712.01312)
 
 
 class Straight(GateMLP):
-    """0 or 1 in the forward pass, with the scale's gradient in the backward pass (straight-through)."""
+    """Always 0 or 1, trained as if its gradient were that of the scale (straight-through). The same in all passes."""
     def gate(self, scale):
-        return (scale >= 0.5).float() + (scale - scale.detach())        # adds exactly 0, with the scale's gradient
+        return (scale >= 0.5).float() + (scale - scale.detach())        # the last term is 0, with the scale's gradient
 
 
 GATES = {"soft": Soft, "skip": Skip, "stretch": Stretch, "straight": Straight}
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention without biases or output dropout. Queries may come from some tokens only."""
+    """Causal multi-head attention without biases or output dropout. In a sparse pass, only N tokens have queries."""
 
     def __init__(self, config):
         super().__init__()
@@ -129,42 +145,56 @@ class Attention(nn.Module):
 
     def forward(self, h, kv, rows=None):
         """
-        h (B, T, C), keys and values kv (B, S, 2C) -> (B, T, C), or (N, C) if only N tokens run the block: those in
-        `rows`, their sequences and positions.
+        h (B, T, C), keys and values kv (B, S, 2C) -> (B, T, C). If only N tokens run the block, `rows` (N,) are their
+        places among the B * T tokens, and only their outputs are computed: (N, C).
         """
+        if rows is None:
+            return self.proj(self.attend(self.query(h), kv))
         B, T, C = h.shape
-        assert T in (1, kv.size(1)), "with tokens in the cache, pass one at a time"    # is_causal needs S = T
-        if rows is not None and T == 1:         # generation: a batch of only the sequences whose token runs
-            return self(h[rows[0]], kv[rows[0]]).squeeze(1)             # (N, C)
-        q = self.query(h if rows is None else h[rows])                  # (B, T, C) or (N, C)
-        mask = None
-        if rows is not None:    # the kernel takes n queries of every sequence, padded with 0
-            slots, n, mask = pack(rows, B, T)
-            q = q.new_zeros(B, n, C).index_put_(slots, q)               # (B, n, C)
+        q = self.query(select(h, rows))                                 # (N, C)
+        # The kernel wants equally many queries in each sequence. Three ways to arrange the N give the same result; the
+        # thresholds are where each is fastest on our CPUs.
+        if T == 1 and 3 * len(rows) < B:        # few sequences run the block in generation: a batch of these alone,
+            y = self.attend(q.unsqueeze(1), kv[rows])       # though indexing copies their keys and values
+            return self.proj(y.squeeze(1))                              # (N, C)
+        slots, n, mask = rows, T, None          # each query in its own position, and 0 in all others
+        if T > 1 and B * T >= 256 and 2 * len(rows) < B * T:
+            slots, n, mask = pack(rows, B, T)   # most of many tokens skip: fewer positions are worth a mask
+        q = q.new_zeros(B * n, C).index_copy_(0, slots, q).view(B, n, C)
+        return self.proj(select(self.attend(q, kv, mask), slots))
+
+    def attend(self, q, kv, mask=None):
+        """q (B, n, C), kv (B, S, 2C) -> (B, n, C). Without a mask, query i attends to keys 0 to i (n = 1: to all)."""
+        n = q.size(1)
+        assert mask is not None or n in (1, kv.size(1)), "with tokens in the cache, pass one at a time"
         k, v = kv.chunk(2, dim=-1)                                      # (B, S, C) each
         q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in (q, k, v))  # (B, nh, n or S, hs)
         dropout_p = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=mask is None and T > 1)
-        y = y.transpose(1, 2)                                           # (B, n, nh, hs)
-        return self.proj((y if rows is None else y[slots]).flatten(-2))
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=mask is None and n > 1)
+        return y.transpose(1, 2).flatten(-2)
+
+
+def select(x, rows):
+    """The N of B * T tokens whose places are `rows` (N,): (B, T, ...) -> (N, ...)."""
+    return x.flatten(0, 1).index_select(0, rows)
 
 
 def pack(rows, B, T):
     """
-    Place the queries of the N tokens `rows` (sorted sequences, positions) side by side. Return their slots (sequences,
-    columns), the number n of columns, and the causal mask (B, 1, n, T), or None if it is not needed. With gates 0 1 0 1
-    and 0 0 1 0 of the sequences a and b, the queries are [a1 a3] and [b2 0], their slots (0, 0), (0, 1), and (1, 0).
+    Move the queries of the N tokens `rows` to the front of their sequences: if sequence a has the gates 0 0 1 0, and b
+    has 0 1 0 1, then rows are 2, 5, 7, and the queries become [a2 -] and [b1 b3]. Return the place of each query among
+    these B * n slots (here 0, 2, 3), the largest number n of queries in a sequence (here 2), and the causal mask
+    (B, 1, n, T).
     """
-    b, t = rows
-    if 2 * len(b) >= B * T:         # half or more are open: is_causal is faster than a mask
-        return rows, T, None        # each query stays in its position
-    count = torch.bincount(b, minlength=B)                              # (B,)
-    first = count.cumsum(0) - count             # where each sequence begins among the N tokens
-    column = torch.arange(len(b), device=b.device) - first[b]           # (N,)
+    b, t = rows // T, rows % T                                          # (N,), sequences and positions
+    count = torch.bincount(b, minlength=B)                              # (B,), queries in each sequence
+    first = count.cumsum(0) - count                                     # (B,), where they begin among the N
     n = count.max().item()
-    position = t.new_zeros(B, n).index_put_((b, column), t)             # (B, n); unused slots attend to token 0
-    mask = position.unsqueeze(-1) >= torch.arange(T, device=b.device)   # (B, n, T)
-    return (b, column), n, mask.unsqueeze(1)
+    slots = b * n + torch.arange(len(rows), device=rows.device) - first[b]      # (N,)
+    position = rows.new_zeros(B * n).index_copy_(0, slots, t)           # (B * n,); an empty slot attends to token 0,
+    # because the softmax of no scores would be nan
+    mask = position.view(B, 1, n, 1) >= torch.arange(T, device=rows.device)
+    return slots, n, mask
 
 
 class FeedForward(nn.Module):
@@ -194,19 +224,20 @@ class Block(nn.Module):
     def forward(self, x, gate=None, sparse=False, cache=None):
         """
         x (B, T, C), gate (B, T) -> (B, T, C). Without a gate, this is the plain block. If sparse, only the N tokens
-        whose gate is not 0 run it (all have keys and values); for the same gates, the result is the same.
+        whose gate is not 0 run the block, though all tokens have keys and values. With the same gates, a full and a
+        sparse pass give the same result.
         """
-        y, rows = x, None
+        y, rows = x, None               # a full pass updates all tokens
         if sparse:
-            rows = gate.nonzero(as_tuple=True)      # sequences and positions of the N tokens (a GPU has to wait here)
-            if len(rows[0]) == 0:
-                if cache is not None:               # later tokens may attend to these
+            rows = gate.flatten().nonzero().squeeze(1)      # (N,), places among the B * T tokens (a GPU has to wait)
+            if len(rows) == 0:                  # nobody runs the block, but later tokens may attend to these
+                if cache is not None:
                     cache.append(self.attn.key_value(self.ln1(x)))
                 return x
-            if len(rows[0]) == gate.numel():
-                rows = None                         # all are open: nothing to gather
+            if len(rows) == gate.numel():
+                rows = None                     # all run it, as in a full pass
             else:
-                y, gate = x[rows], gate[rows]                           # (N, C), (N,)
+                y, gate = select(x, rows), select(gate, rows)           # (N, C), (N,)
         h = self.ln1(x)
         kv = self.attn.key_value(h)     # of all tokens: those that run the block attend to those that skip it
         if cache is not None:
@@ -217,7 +248,7 @@ class Block(nn.Module):
         gate = gate.to(x.dtype).unsqueeze(-1)                           # (N, 1) or (B, T, 1)
         y = y + gate * self.attn(h, kv, rows)                           # equation (1)
         y = y + gate * self.ffn(self.ln2(y))                            # equation (2)
-        return x.index_put(rows, y) if rows is not None else y
+        return x.flatten(0, 1).index_copy(0, rows, y).view_as(x) if rows is not None else y
 
 
 class Transformer(nn.Module):
@@ -247,14 +278,18 @@ class Transformer(nn.Module):
         return F.dropout(x, self.config.dropout, self.training)
 
     def norms(self):
-        """The LayerNorm before the head if the model stopped after block 0, 1, ... (for early exit and sample.py)"""
+        """The LayerNorm before the head if the model stops after block 0, 1, ... (for Exit and sample.py)."""
         return [self.ln_f] * len(self.blocks)
 
     def head(self, h):
+        """A normalized state h (..., C) -> logits (..., V), float32."""
         return F.linear(h, self.wte.weight).float()
 
     def forward(self, idx, sparse=False, caches=None):
-        """idx (B, T) -> logits (B, T, V), gates (L, B, T), float32. Plain: gates are 1, and `sparse` has no effect."""
+        """
+        idx (B, T) -> logits (B, T, V) and gates (L, B, T), both float32. `caches`, one per block, hold the keys and
+        values of earlier tokens and get those of idx. In a plain model, gates are 1, and `sparse` has no effect.
+        """
         caches = caches or [None] * len(self.blocks)
         x = self.embed(idx, caches[0])
         for block, cache in zip(self.blocks, caches):
@@ -273,7 +308,7 @@ def token_loss(logits, targets):
 
 
 class TSA(Transformer):
-    """The paper's model: after every block but the last, a router computes the gate of the next block."""
+    """The paper's model: before every block but the first, a router computes its gate."""
 
     def __init__(self, config):
         assert config.n_layer > 1, "block 0 always runs, so skipping needs another block"
@@ -281,12 +316,14 @@ class TSA(Transformer):
         self.routers = nn.ModuleList(GATES[config.gate](config) for _ in range(config.n_layer - 1))
 
     def forward(self, idx, sparse=False, caches=None):
+        """As in Transformer. The gates returned are those that the blocks got; block 0 has gates of 1."""
         caches = caches or [None] * len(self.blocks)
         first, *others = self.blocks
-        # No router precedes block 0, because x has no context yet.
+        # Block 0 always runs: before it, x knows nothing of the context, so there is nothing to decide by.
         x = first(self.embed(idx, caches[0]), cache=caches[0])          # (B, T, C)
         ones = torch.ones(idx.shape, device=idx.device)
-        gates, used = [ones], [ones]            # routers see `gates`, as in training; blocks get `used`
+        gates = [ones]          # what routers see and --halt multiplies: before sparse_gate
+        used = [ones]           # what blocks get: after it
         for router, block, cache in zip(self.routers, others, caches[1:]):
             gate = router(x, gates)                                     # (B, T)
             gates.append(gate)
@@ -300,7 +337,7 @@ class Exit(Transformer):
     """
     Early exit, the paper's baseline (Elbayad et al. 2020, arXiv 1910.10073). In training, every token runs all blocks,
     and the model predicts after each, with a LayerNorm per block and the tied head. In a sparse pass, a token exits
-    once its largest probability exceeds config.confidence. As in the TSA paper, it cannot exit after block 0.
+    once its largest probability exceeds config.confidence, but, as in the TSA paper, never after block 0.
     """
 
     def __init__(self, config):
@@ -309,6 +346,7 @@ class Exit(Transformer):
         self.exit_norms = nn.ModuleList(nn.LayerNorm(config.n_embd) for _ in range(config.n_layer - 1))
 
     def forward(self, idx, sparse=False, caches=None):
+        """As in Transformer. In a sparse pass, gates are 1 in the blocks that a token runs and 0 after it exits."""
         if not sparse:
             return super().forward(idx, caches=caches)
         caches = caches or [None] * len(self.blocks)
@@ -321,7 +359,7 @@ class Exit(Transformer):
             gates.append(running)
             rows = running.nonzero(as_tuple=True)                       # the N tokens that ran the block
             prediction = self.head(norm(x[rows]))                       # (N, V)
-            logits = logits.index_put(rows, prediction)
+            logits[rows] = prediction
             unsure = prediction.softmax(-1).amax(-1) <= self.config.confidence
             running = running.index_put(rows, unsure.float())
         return logits, torch.stack(gates)
@@ -330,7 +368,7 @@ class Exit(Transformer):
         return [*self.exit_norms, self.ln_f]
 
     def loss(self, idx, targets):
-        """Return the mean of the cross-entropies after all L blocks, as in the TSA paper, and gates of 1."""
+        """Predict after each block. Return the mean of the L cross-entropies, as in the TSA paper, and gates of 1."""
         x, total, L = self.embed(idx), 0, len(self.blocks)
         for block, norm in zip(self.blocks, self.norms()):
             x = block(x)
@@ -342,24 +380,25 @@ MODELS = {"plain": Transformer, "tsa": TSA, "exit": Exit}
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Checkpoints, what skipping saves, and generation.
+# Loading checkpoints, counting multiply-adds, and generating text.
 
 def load_checkpoint(path, **changes):
     """
-    Return the model of a checkpoint (or of the ckpt.pt in a folder), in eval mode on the CPU, and the saved dictionary.
-    `changes` replace fields of its Config. Raise OSError or ValueError if it cannot be loaded.
+    Load a checkpoint (a file, or a folder with a ckpt.pt). Return the model, in eval mode on the CPU, and the saved
+    dictionary. `changes` override fields of its Config. Raise OSError or ValueError if it cannot be loaded.
     """
     path = Path(path, "ckpt.pt") if Path(path).is_dir() else path
     with open(path, "rb") as file:
         try:
             saved = torch.load(file, map_location="cpu", weights_only=True)
-            unknown = saved["config"].keys() - {field.name for field in fields(Config)}
-            missing = {"model", "flags", "vocab", "prompt", "checksum"} - saved.keys()
-            if unknown or missing or zipfile.ZipFile(file).testzip():   # torch does not verify checksums
+            kinds = dict(model=dict, config=dict, flags=dict, vocab=str, prompt=str, checksum=int)
+            wrong = [name for name, kind in kinds.items() if not isinstance(saved[name], kind)]
+            if wrong or zipfile.ZipFile(file).testzip():        # torch does not verify checksums
                 raise ValueError
-        except Exception:       # torch raises many types, and some recommend an unsafe load
+            config = Config(**saved["config"])
+        except Exception:       # of many types; some messages recommend an unsafe load
             raise ValueError(f"{path} is damaged or from another version of train.py") from None
-    config = Config(**saved["config"] | changes)
+    config = replace(config, **changes)
     if config.model not in MODELS or (config.model == "tsa" and config.gate not in GATES):
         raise ValueError(f"{path}: tsa.py has no model {config.model} with gate {config.gate}")
     model = MODELS[config.model](config)
@@ -371,27 +410,34 @@ def load_checkpoint(path, **changes):
 
 
 def multiply_adds(model, ran, T=None):
-    """Multiply-adds per token if a fraction ran[l] of T tokens runs block l, and those of the plain model."""
-    def size(module):           # of its matrices: one multiply-add per weight and token (vectors do not count)
+    """
+    Return the multiply-adds per token of a sparse pass over T tokens in which a fraction ran[l] runs block l, and those
+    of a plain model with as many blocks. Only products with weights, and attention, are counted.
+    """
+    def size(module):           # weights in matrices: each makes one multiply-add per token
         return sum(weight.numel() for weight in module.parameters() if weight.dim() > 1)
 
-    attention = (T or model.config.block_size) * model.config.n_embd    # T / 2 keys on average, for score and value
+    # A token attends to T / 2 keys on average: C multiply-adds for each score and C for each value.
+    attention = (T or model.config.block_size) * model.config.n_embd
     total = plain = size(model.wte)             # the head
     if isinstance(model, Exit):
         total *= sum(ran[1:])                   # it predicts after each block but the first
     elif isinstance(model, TSA):
         total += size(model.routers)
     for share, block in zip(ran, model.blocks):
-        always = attention + size(block.attn.key_value)         # charged whether the token runs the block or not
+        # Charged even if the token skips the block: its key and value (others attend to it) and, as an upper bound,
+        # its attention. A skip saves the other 10 C^2: query, attn.proj, and ffn.
+        always = attention + size(block.attn.key_value)
         total += always + share * (size(block) - size(block.attn.key_value))
         plain += attention + size(block)
     return total, plain
 
 
 class Cache:
-    """The keys and values of the S tokens that a block has seen so far, in a buffer (B, block_size, 2C)."""
+    """The keys and values of the S tokens that a block has seen so far, including those that skipped it."""
 
     def __init__(self, config, B, like):
+        """`like`: a tensor of the same device and dtype."""
         self.buffer, self.length = like.new_empty(B, config.block_size, 2 * config.n_embd), 0
 
     def append(self, kv):
@@ -404,8 +450,8 @@ class Cache:
 @torch.inference_mode()
 def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, sparse=True):
     """
-    Continue idx (B, T). At each step, yield the new tokens (B, 1) and the gates (L, B) of those that predicted them.
-    When the text outgrows the context, generation restarts from its last block_size // 2 tokens, at position 0.
+    Continue idx (B, T). At each step, yield the new tokens (B, 1) and the gates (L, B) of the tokens that predicted
+    them. When the text outgrows the context, it starts afresh from its last block_size // 2 tokens, at position 0.
     """
     block_size, caches = model.config.block_size, None
     for _ in range(max_new_tokens):
