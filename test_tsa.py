@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import zipfile
@@ -62,10 +63,10 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setitem(train.FLAGS, "device", train.FLAGS["device"]._replace(default="cpu"))
 
 
-def fit(flags):
-    """Train a small model in ./run and return its checkpoint; of repeated flags, the last one counts."""
-    train.main(f"{SMALL} --out_dir run {flags}".split())
-    return load_checkpoint("run")[1]
+def fit(flags, folder="run"):
+    """Train a small model and return its checkpoint; of repeated flags, the last one counts."""
+    train.main(f"{SMALL} --out_dir {folder} {flags}".split())
+    return load_checkpoint(folder)[1]
 
 
 def tiny(model="tsa", **settings):
@@ -399,30 +400,47 @@ def test_schedule_is_warmup_times_cosine(step, warmup, expected):
     assert train.schedule(step, warmup, 11) == pytest.approx(expected, abs=1e-4)
 
 
-def test_ten_steps_equal_a_loop_written_out():
-    """Its order: seed, learning rate, lambda, loss, clipping, update. The parts have tests of their own above."""
-    saved = fit("--max_iters 10 --learning_rate 0.02 --warmup_iters 4 --lam 0.3 --lam_ramp 0.5 --seed 5 --dropout 0.1 "
-                "--eval_interval 4")            # after an evaluation, training has dropout again
-    corpus, seeds = data.load("t.txt"), [np.random.SeedSequence((5, step)) for step in range(11)]
-    torch.manual_seed(int(seeds[0].generate_state(1)[0]))
-    model = TSA(Config(vocab_size=len(corpus.vocab), block_size=16, n_layer=3, n_head=4, n_embd=16, dropout=0.1))
-    optimizer = train.make_optimizer(model)
-    for step in range(1, 11):
-        torch.manual_seed(int(seeds[step].generate_state(1)[0]))
+def ten_steps(without=None):
+    """Train ten steps, written out. Return the weights. One part may be left out."""
+    corpus, ramp = data.load("t.txt"), 1 if without == "a ramp of lambda" else 5
+    for step in range(11):
+        own = np.random.SeedSequence((5, step)).generate_state(1)[0]
+        torch.manual_seed(5 + step if without == "its own seed in each step" else int(own))
+        if step == 0:
+            model = TSA(Config(vocab_size=len(corpus.vocab), block_size=16, n_layer=3, n_embd=16, dropout=0.1))
+            optimizer = train.make_optimizer(model.train(without != "dropout"))
+            continue
         for group in optimizer.param_groups:
-            group["lr"] = 0.02 * train.schedule(step, 4, 10)
+            group["lr"] = 0.02 * (1 if without == "a schedule" else train.schedule(step, 4, 10))
         task_loss, gates = model.loss(*corpus.batch(8, 16))
-        optimizer.zero_grad()
-        (task_loss + 0.3 * min(step / 5, 1) * gates[1:].mean()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        (task_loss + (without != "a depth loss") * 0.3 * min(step / ramp, 1) * gates[1:].mean()).backward()
+        if without != "clipping":
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    assert_close(saved["model"], model.state_dict(), rtol=1e-3, atol=2e-4)
+        optimizer.zero_grad()
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("part", ["its own seed in each step", "dropout", "a schedule", "a ramp of lambda",
+                                  "a depth loss", "clipping", None])
+def test_training_has(part):
+    """Ten steps equal a loop written out (None), and differ from one that lacks this part."""
+    trained = fit("--max_iters 10 --learning_rate 0.02 --warmup_iters 4 --lam 0.3 --lam_ramp 0.5 --seed 5 "
+                  "--dropout 0.1 --eval_interval 4")["model"]       # after an evaluation, training has dropout again
+    by_hand = ten_steps(without=part)
+    difference = max((trained[name] - by_hand[name]).abs().max().item() for name in by_hand)
+    assert difference > 1e-3 if part else difference < 2e-4, f"{difference:.1e}"
+
+
+def test_dtype_is_obeyed():
+    """Speeds and losses are those of bfloat16 only if the flag takes effect."""
+    exact, other = (fit(f"--max_iters 1 --dtype {dtype}", dtype) for dtype in ("float32", "bfloat16"))
+    assert not torch.equal(exact["model"]["wte.weight"], other["model"]["wte.weight"])
 
 
 def test_training_adds_the_designs_own_depth_loss(monkeypatch):
     """A design may weight blocks or tokens. Twice the mean gate (L - 1, B, T) equals twice the lambda, to the bit."""
-    usual = fit("--max_iters 2 --lam 0.5")["model"]
-    os.rename("run", "usual")
+    usual = fit("--max_iters 2 --lam 0.5", "usual")["model"]
     monkeypatch.setattr(GATES["skip"], "depth_loss", lambda self, gates: 2 * gates.mean() * (gates.shape == (2, 8, 16)))
     assert_close(fit("--max_iters 2 --lam 0.25")["model"], usual, rtol=0, atol=0)
 
@@ -446,6 +464,27 @@ def test_scores_are_of_what_runs_and_of_what_the_paper_counts(design):
                    val_loss_sparse=F.cross_entropy(sparse_logits.mT, targets), saved=torch.tensor(1 - total / plain),
                    tlops_saved=1 - (ran if design == "exit" else gates).mean())
     assert_close({name: torch.tensor(scores[name]) for name in by_hand}, by_hand, atol=1e-5, rtol=0, check_dtype=False)
+
+
+def test_speedup_is_the_median_over_the_time_of_a_plain_pass(monkeypatch):
+    """Next to its own full pass, a design would seem faster even if it skipped nothing; the best round is luck."""
+    model, now = tiny(), [0]
+    sparse_seconds = iter([9] + [9] * 7 + [2] + [1] * 7)        # after a warm-up; a plain pass takes 6 seconds
+
+    def forward(self, x, gate=None, sparse=False, cache=None):
+        if self is model.blocks[1]:
+            now[0] += 6 if gate is None else next(sparse_seconds) if sparse else 99
+        return x
+    monkeypatch.setattr(tsa.Block, "forward", forward)
+    monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
+    assert train.speedup(model, tokens()) == 3
+
+
+def test_diverged_weights_do_not_replace_good_ones():
+    """After the first step, the loss is still finite; later, it is not."""
+    with pytest.raises(FloatingPointError, match="start again with a lower --learning_rate"):
+        fit("--max_iters 4000 --eval_interval 1 --warmup_iters 1000 --learning_rate 1e6")
+    assert all(weight.isfinite().all() for weight in load_checkpoint("run")[1]["model"].values())
 
 
 def test_an_interrupted_run_resumes_to_the_bit(monkeypatch):
@@ -546,14 +585,19 @@ def test_a_second_start_in_the_folder_of_a_run_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("flags", ["", "--out_dir run"])
-@pytest.mark.parametrize("method, broken, error", [
-    ("sparse_gate", lambda router, gate: gate * torch.nan, FloatingPointError),
-    ("gate", lambda router, scale: router.nosuch if router.training else scale, AttributeError)])
-def test_a_broken_gate_ends_the_run_without_a_folder(method, broken, error, flags, monkeypatch):
+@pytest.mark.parametrize("why, gate, error", [
+    ("error: the loss is not finite: .* another gate", lambda router, scale: scale * torch.nan, SystemExit),
+    ("gates from 1 to 1.4.*, not 0 to 1", lambda router, scale: 2 * scale, AssertionError),
+    ("nosuch", lambda router, scale: router.nosuch if router.training else scale, AttributeError),
+    ("interrupted", lambda router, scale: signal.raise_signal(signal.SIGTERM), SystemExit)],
+    ids=["nan", "range", "typo", "kill"])
+def test_a_run_that_ends_early_leaves_no_folder(why, gate, error, flags, monkeypatch):
     """A folder with untrained weights would be the newest run, and a model of nan has nothing to show."""
-    monkeypatch.setattr(GATES["soft"], method, broken)
-    with pytest.raises(error, match="or another gate|nosuch"):
-        train.main(f"{SMALL} --gate soft {flags}".split())
+    usual = signal.signal(signal.SIGTERM, signal.SIG_IGN)       # otherwise, if train.py ignored it, pytest would end
+    monkeypatch.setattr(GATES["soft"], "gate", gate)
+    with pytest.raises(error, match=why):
+        train.run_program(lambda: train.main(f"{SMALL} --gate soft {flags}".split()))
+    signal.signal(signal.SIGTERM, usual)
     assert os.listdir() == ["t.txt"]
 
 
