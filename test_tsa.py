@@ -594,7 +594,7 @@ def test_a_run_that_ends_early_leaves_no_folder(why, gate, error, flags, monkeyp
     with pytest.raises(error, match=why):
         train.run_program(lambda: train.main(f"{SMALL} --gate soft {flags}".split()))
     signal.signal(signal.SIGTERM, usual)
-    assert os.listdir() == ["t.txt"]
+    assert [*Path().glob("**/run"), *Path().glob("out/*")] == []
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """
 Train and evaluate a model:
 
-    python train.py                                             a small model with the paper's gates
+    python train.py                                             a small model with gates
     python train.py --resume out/tsa-1                          continue an interrupted run
     python train.py --score out/tsa-1 --gate soft               evaluate a model with another gate
     python train.py --preset chain --gate straight --halt --lam 0.03        a puzzle; takes two minutes
@@ -43,8 +43,9 @@ PRESETS = {     # each replaces some defaults of the flags below
 def bounded(kind, low, high=math.inf):
     """A type for argparse: an int or a float from low to high, but not inf or nan."""
     def number(text):
-        if low <= kind(text) <= high and math.isfinite(kind(text)):
-            return kind(text)
+        value = kind(text)
+        if low <= value <= high and abs(value) != math.inf:
+            return value
         raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
     return number
 
@@ -211,9 +212,10 @@ def score(model, idx, targets, timed=False):
     model.eval()
     kind = model.config.model
     print(f"evaluation on {len(idx):,} windows", flush=True)
-    full = evaluate(model, idx, targets, sparse=False)
-    sparse = full if kind == "plain" else evaluate(model, idx, targets, sparse=True)    # nothing to skip
-    (val_loss, gates, _), (val_loss_sparse, _, ran) = full, sparse
+    val_loss, gates, ran = evaluate(model, idx, targets, sparse=False)
+    val_loss_sparse = val_loss          # a plain model has nothing to skip
+    if kind != "plain":
+        val_loss_sparse, _, ran = evaluate(model, idx, targets, sparse=True)
     total, plain = multiply_adds(model, ran, idx.size(1))
     saved = 1 - total / plain           # negative if the routers cost more
     tlops_saved = 1 - sum(ran if kind == "exit" else gates) / len(ran)      # token-layer operations, the paper's unit
@@ -242,32 +244,30 @@ def parse_flags(argv):
     """Return the flags, and the model and the checkpoint to resume or to score (or None, None)."""
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for name, flag in FLAGS.items():
-        how = {"type": flag.kind} if callable(flag.kind) else {"choices": flag.kind}
-        how = {"action": argparse.BooleanOptionalAction} if flag.kind is bool else how
+        how = ({"action": argparse.BooleanOptionalAction} if flag.kind is bool else
+               {"type": flag.kind} if callable(flag.kind) else {"choices": flag.kind})
         parser.add_argument(f"--{name}", **how, help=f"{flag.help} (default: {flag.default})")
     typed = vars(parser.parse_args(argv))           # the flags that were typed, and no others
-
-    def listed(names):
-        return ", ".join(f"--{name}" for name in sorted(names))
-
     model, saved, trained = None, None, {}          # `trained`: the flags that the checkpoint was trained with
-    task = "resume" if "resume" in typed else "score"
-    if task in typed:
-        may_change = {"max_iters"} if task == "resume" else {"gate", "halt", "confidence"}
-        if others := typed.keys() - may_change - {task, "device"}:
-            parser.error(f"{listed(others)} cannot be combined with --{task}")
-        changes = {name: typed[name] for name in ("gate", "halt", "confidence") if name in typed}
-        model, saved = load_checkpoint(typed[task], **changes)
-        trained = saved["flags"] | ({"device": DEVICE} if task == "score" else {"out_dir": typed["resume"]})
-        if task == "resume" and not (typed[task].is_dir() and "optimizer" in saved):
+    if "resume" in typed:
+        if others := typed.keys() - {"resume", "max_iters", "device"}:
+            parser.error(f"--{', --'.join(sorted(others))} cannot be combined with --resume")
+        model, saved = load_checkpoint(typed["resume"])
+        if not (typed["resume"].is_dir() and "optimizer" in saved):
             parser.error("--resume needs the folder of a run (--score takes any checkpoint)")
+        trained = saved["flags"] | {"out_dir": typed["resume"]}
+    elif "score" in typed:
+        changes = {name: typed[name] for name in ("gate", "halt", "confidence") if name in typed}
+        if others := typed.keys() - changes.keys() - {"score", "device"}:
+            parser.error(f"--{', --'.join(sorted(others))} cannot be combined with --score")
+        model, saved = load_checkpoint(typed["score"], **changes)
+        trained = saved["flags"] | {"device": DEVICE}           # it may be from another machine
     defaults, preset = {name: flag.default for name, flag in FLAGS.items()}, PRESETS[typed.get("preset", "laptop")]
     args = argparse.Namespace(**defaults | preset | trained | typed)        # of two values, the one further right wins
-
     of_gates = {"gate", "gate_bias", "halt", "lam", "lam_ramp"}
     unused = {"plain": of_gates | {"confidence"}, "tsa": {"confidence"}, "exit": of_gates}
     if others := typed.keys() & unused.get(args.model, set()):
-        parser.error(f"{listed(others)} has no effect with --model {args.model}")
+        parser.error(f"--{', --'.join(sorted(others))} has no effect with --model {args.model}")
     if args.n_embd % args.n_head:
         parser.error(f"--n_embd {args.n_embd} is not divisible by --n_head {args.n_head}")
     if args.n_layer == 1 and args.model != "plain":
@@ -281,7 +281,7 @@ def parse_flags(argv):
 
 def main(argv=None):
     try:
-        args, model, saved = parse_flags(sys.argv[1:] if argv is None else argv)
+        args, model, saved = parse_flags(argv)
         args.data = data.shakespeare_or_stdlib() if args.data == "auto" else args.data
         corpus = data.load(args.data, saved["vocab"] if args.score else None)
         idx, targets = (part.to(args.device) for part in corpus.windows("val", args.block_size))       # (n, T) each
@@ -310,7 +310,7 @@ def main(argv=None):
     finally:
         if not saved:
             with contextlib.suppress(OSError):          # it is not empty after the first checkpoint
-                os.removedirs(args.out_dir)
+                args.out_dir.rmdir()
 
 
 def run_program(main):

@@ -37,7 +37,7 @@ from torch.nn import functional as F
 
 @dataclass
 class Config:
-    """The hyperparameters of a model. For the paper's, see the preset in train.py. A field of yours becomes a flag."""
+    """The hyperparameters of a model (train.py has the paper's as a preset). A field that you add becomes a flag."""
     model: str = "tsa"          # a name in MODELS
     gate: str = "skip"          # tsa: a name in GATES
     gate_bias: float = -1.0     # tsa: initial b2 of equation (3): gates start near 0.73 at -1, lower at a larger b2
@@ -77,16 +77,17 @@ class Router(nn.Module):
     def gate(self, scale):
         """
         Turn the scale (B, T) into the gate of a full pass, between 0 and 1 (by default, the scale itself). Add noise
-        only `if self.training`. Where this is flat, as at the ends of a clamp, no gradient reaches the router.
+        only `if self.training`. Where this is flat, as at the ends of a clamp, a token sends its router no gradient, so
+        a block that all tokens skip stays closed.
         """
         return scale
 
     def sparse_gate(self, gate):
-        """Turn a gate into the one that a sparse pass uses (by default, itself). Exactly 0 skips the block."""
+        """Turn a gate into that of a sparse pass (by default, itself); exactly 0 skips. Training never calls this."""
         return gate
 
     def depth_loss(self, gates):
-        """What lambda multiplies, from the gates (L - 1, B, T) of all blocks but block 0: by default, their mean."""
+        """What lambda multiplies: by default, the mean of the gates (L - 1, B, T). Called on the first router only."""
         return gates.mean()
 
 
@@ -152,14 +153,14 @@ class Attention(nn.Module):
             return self.proj(self.attend(self.query(h), kv))
         B, T, C = h.shape
         q = self.query(select(h, rows))                                 # (N, C)
-        # The kernel wants equally many queries in each sequence. Three ways to arrange the N give the same result; the
-        # thresholds are where each is fastest on our CPUs.
-        if T == 1 and 3 * len(rows) < B:        # few sequences run the block in generation: a batch of these alone,
-            y = self.attend(q.unsqueeze(1), kv[rows])       # though indexing copies their keys and values
-            return self.proj(y.squeeze(1))                              # (N, C)
-        slots, n, mask = rows, T, None          # each query in its own position, and 0 in all others
-        if T > 1 and B * T >= 256 and 2 * len(rows) < B * T:
-            slots, n, mask = pack(rows, B, T)   # most of many tokens skip: fewer positions are worth a mask
+        # Skip this on a first reading. The kernel wants equally many queries in each sequence. There are three ways to
+        # arrange the N, with the same result; which is fastest was measured on a CPU.
+        if T == 1 and 3 * len(rows) < B:        # generation (a row is a sequence), few run: a batch of these alone,
+            return self.proj(self.attend(q.unsqueeze(1), kv[rows]).squeeze(1))      # with a copy of their cache
+        if T > 1 and B * T >= 256 and 2 * len(rows) < B * T:    # most of many tokens skip: pack the queries
+            slots, n, mask = pack(rows, B, T)
+        else:                                   # each query at its own position, and zeros at all others
+            slots, n, mask = rows, T, None
         q = q.new_zeros(B * n, C).index_copy_(0, slots, q).view(B, n, C)
         return self.proj(select(self.attend(q, kv, mask), slots))
 
@@ -181,18 +182,18 @@ def select(x, rows):
 
 def pack(rows, B, T):
     """
-    Move the queries of the N tokens `rows` to the front of their sequences: if sequence a has the gates 0 0 1 0, and b
-    has 0 1 0 1, then rows are 2, 5, 7, and the queries become [a2 -] and [b1 b3]. Return the place of each query among
-    these B * n slots (here 0, 2, 3), the largest number n of queries in a sequence (here 2), and the causal mask
-    (B, 1, n, T).
+    Move the queries of the N tokens `rows` (ascending) to the front of their sequences: if sequence a has the gates
+    0 0 1 0, and b has 0 1 0 1, then rows are 2, 5, 7, and the queries become [a2 -] and [b1 b3]. Return the place of
+    each query among these B * n slots (here 0, 2, 3), the largest number n of queries in a sequence (here 2), and the
+    causal mask (B, 1, n, T).
     """
     b, t = rows // T, rows % T                                          # (N,), sequences and positions
     count = torch.bincount(b, minlength=B)                              # (B,), queries in each sequence
     first = count.cumsum(0) - count                                     # (B,), where they begin among the N
     n = count.max().item()
     slots = b * n + torch.arange(len(rows), device=rows.device) - first[b]      # (N,)
-    position = rows.new_zeros(B * n).index_copy_(0, slots, t)           # (B * n,); an empty slot attends to token 0,
-    # because the softmax of no scores would be nan
+    # Empty slots keep position 0, so they attend to token 0: the softmax of no scores would be nan.
+    position = rows.new_zeros(B * n).index_copy_(0, slots, t)           # (B * n,)
     mask = position.view(B, 1, n, 1) >= torch.arange(T, device=rows.device)
     return slots, n, mask
 
@@ -227,17 +228,12 @@ class Block(nn.Module):
         whose gate is not 0 run the block, though all tokens have keys and values. With the same gates, a full and a
         sparse pass give the same result.
         """
-        y, rows = x, None               # a full pass updates all tokens
         if sparse:
-            rows = gate.flatten().nonzero().squeeze(1)      # (N,), places among the B * T tokens (a GPU has to wait)
+            rows = gate.flatten().nonzero().squeeze(1)      # (N,), places among the B * T tokens; a GPU waits for N
             if len(rows) == 0:                  # nobody runs the block, but later tokens may attend to these
                 if cache is not None:
                     cache.append(self.attn.key_value(self.ln1(x)))
                 return x
-            if len(rows) == gate.numel():
-                rows = None                     # all run it, as in a full pass
-            else:
-                y, gate = select(x, rows), select(gate, rows)           # (N, C), (N,)
         h = self.ln1(x)
         kv = self.attn.key_value(h)     # of all tokens: those that run the block attend to those that skip it
         if cache is not None:
@@ -245,10 +241,14 @@ class Block(nn.Module):
         if gate is None:
             x = x + self.attn(h, kv)
             return x + self.ffn(self.ln2(x))
-        gate = gate.to(x.dtype).unsqueeze(-1)                           # (N, 1) or (B, T, 1)
-        y = y + gate * self.attn(h, kv, rows)                           # equation (1)
-        y = y + gate * self.ffn(self.ln2(y))                            # equation (2)
-        return x.flatten(0, 1).index_copy(0, rows, y).view_as(x) if rows is not None else y
+        gate = gate.to(x.dtype).unsqueeze(-1)                           # (B, T, 1)
+        if not sparse or len(rows) == gate.numel():             # all tokens run the block
+            x = x + gate * self.attn(h, kv)                             # equation (1)
+            return x + gate * self.ffn(self.ln2(x))                     # equation (2)
+        y, gate = select(x, rows), select(gate, rows)                   # (N, C), (N, 1)
+        y = y + gate * self.attn(h, kv, rows)                           # the same equations
+        y = y + gate * self.ffn(self.ln2(y))
+        return x.flatten(0, 1).index_copy(0, rows, y).view_as(x)
 
 
 class Transformer(nn.Module):
@@ -427,8 +427,8 @@ def multiply_adds(model, ran, T=None):
     for share, block in zip(ran, model.blocks):
         # Charged even if the token skips the block: its key and value (others attend to it) and, as an upper bound,
         # its attention. A skip saves the other 10 C^2: query, attn.proj, and ffn.
-        always = attention + size(block.attn.key_value)
-        total += always + share * (size(block) - size(block.attn.key_value))
+        key_value = size(block.attn.key_value)
+        total += attention + key_value + share * (size(block) - key_value)
         plain += attention + size(block)
     return total, plain
 
@@ -450,8 +450,8 @@ class Cache:
 @torch.inference_mode()
 def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, sparse=True):
     """
-    Continue idx (B, T). At each step, yield the new tokens (B, 1) and the gates (L, B) of the tokens that predicted
-    them. When the text outgrows the context, it starts afresh from its last block_size // 2 tokens, at position 0.
+    Continue idx (B, T) with a model in eval mode. At each step, yield the new tokens (B, 1) and the gates (L, B) of the
+    tokens that predicted them. When the text outgrows the context, it starts afresh from its last block_size // 2.
     """
     block_size, caches = model.config.block_size, None
     for _ in range(max_new_tokens):
