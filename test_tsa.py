@@ -559,8 +559,10 @@ def test_sample_writes_what_generate_yields_without_dropout_or_colors(capsys):
     sample.main("x.pt --device cpu --gate straight --seed 7 --max_new_tokens 20 --temperature 0.5 --top_k 3".split())
     model = tiny(gate="straight").float()
     torch.manual_seed(7)
-    steps = generate(model, torch.tensor([[0, 1, 2]]), 20, temperature=0.5, top_k=3)
-    assert capsys.readouterr().out == "abc" + "".join("abcdefghijk"[new] for new, _ in steps) + "\n"
+    steps = [*generate(model, torch.tensor([[0, 1, 2]]), 20, temperature=0.5, top_k=3)]
+    out, err = capsys.readouterr()
+    assert out == "abc" + "".join("abcdefghijk"[new] for new, _ in steps) + "\n"
+    assert f"a token ran {sum((gates != 0).sum().item() for _, gates in steps) / 20:.2f} of 4 blocks" in err
 
 
 def test_runs_are_numbered_and_sample_shows_the_newest(capsys):
@@ -627,10 +629,11 @@ def mistakes():
     (train, "--resume run --max_iters 4", "less than the 5 steps"), (train, "--resume run", "not the text"),
     (train, "--resume gpu", "cannot use the device nosuch"), (sample, "run --device nosuch", "cannot use the device"),
     (train, "--score run --seed 1 --lam 1", "--lam, --seed cannot be"), (train, "--data latin1.txt", "decode"),
+    (train, "--data t.txt --block_size 2000", "more than the 1358 tokens"),
     (sample, "flipped.pt", "flipped.pt is damaged"), (sample, "bomb.pt", "bomb.pt is damaged"),
     (sample, "gate.pt", "has no model tsa with gate nosuch"), (sample, "size.pt", "size.pt has other weights"),
     (sample, "chain.pt --prompt 7bc", "'b' at position 2"), (sample, "chain.pt --prompt §", r"vocabulary: '\xa7'"),
-    (sample, "chain.pt --prompt=", "at least one character")])
+    (sample, "chain.pt --prompt=", "at least one character"), (sample, "run --gate everything", "has other weights")])
 def test_a_mistake_ends_in_one_line(program, flags, words, mistakes, capsys):
     """The message says what is wrong, without a traceback. Nothing is written, and no foreign code runs."""
     before = sorted(Path().rglob("*"))
