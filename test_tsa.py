@@ -240,8 +240,7 @@ def test_gates_are_from_0_to_1_and_without_noise_in_evaluation(design, sparse):
 @pytest.mark.parametrize("method, sparse", [("scale", False), ("sparse_gate", True)])
 def test_gate_of_another_shape_is_an_error(method, sparse, monkeypatch):
     """A forgotten squeeze would broadcast, and a token would be scaled by another one's gate."""
-    whole = getattr(GateMLP, method)
-    monkeypatch.setattr(GateMLP, method, lambda *args: whole(*args).unsqueeze(-1))
+    monkeypatch.setattr(GateMLP, method, lambda *args, whole=getattr(GateMLP, method): whole(*args).unsqueeze(-1))
     with pytest.raises(AssertionError, match=re.escape("a gate of shape (3, 16, 1) instead of (3, 16)")):
         tiny(gate="stretch")(tokens(), sparse)
 
@@ -553,8 +552,10 @@ def test_score_reads_another_text_with_the_models_vocabulary_and_notes_a_change(
     assert losses[0] == losses[1] and notes == [False, False, True]
 
 
-def test_sample_writes_what_generate_yields_without_dropout_or_colors(capsys):
+def test_sample_writes_what_generate_yields_without_dropout_or_colors(capsys, monkeypatch):
     """Its flags have an effect, and a model that was trained with dropout writes without it."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("NO_COLOR", "1")
     save(tiny(gate="skip", dropout=0.5))
     sample.main("x.pt --device cpu --gate straight --seed 7 --max_new_tokens 20 --temperature 0.5 --top_k 3".split())
     model = tiny(gate="straight").float()
@@ -587,8 +588,7 @@ def test_a_second_start_in_the_folder_of_a_run_is_refused(monkeypatch):
     ("error: the loss is not finite: .* another gate", lambda router, scale: scale * torch.nan, SystemExit),
     ("gates from 1 to 1.4.*, not 0 to 1", lambda router, scale: 2 * scale, AssertionError),
     ("nosuch", lambda router, scale: router.nosuch if router.training else scale, AttributeError),
-    ("interrupted", lambda router, scale: signal.raise_signal(signal.SIGTERM), SystemExit)],
-    ids=["nan", "range", "typo", "kill"])
+    ("interrupted", lambda router, scale: signal.raise_signal(signal.SIGTERM), SystemExit)])
 def test_a_run_that_ends_early_leaves_no_folder(why, gate, error, flags, monkeypatch):
     """A folder with untrained weights would be the newest run, and a model of nan has nothing to show."""
     usual = signal.signal(signal.SIGTERM, signal.SIG_IGN)       # otherwise, if train.py ignored it, pytest would end
