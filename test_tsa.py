@@ -113,7 +113,8 @@ def pass_by_hand(model, idx, sparse=False):
         elif l > 1 and model.config.model == "exit" and sparse:         # no token exits after block 0
             gates[l] = gates[l - 1] * (logits[l - 1].softmax(-1).amax(-1) <= model.config.confidence)
         x = block_by_hand(block, x, gates[l])
-        logits.append((model.norms()[l](x) @ model.wte.weight.T).float())
+        norm = model.exit_norms[l] if model.config.model == "exit" and l < 3 else model.ln_f
+        logits.append((norm(x) @ model.wte.weight.T).float())
     return torch.stack(gates), torch.stack(logits)
 
 
@@ -369,8 +370,7 @@ def test_a_damaged_download_is_replaced_by_the_standard_library(sent, name, monk
     assert data.shakespeare_or_stdlib() == name and Path("data/a.txt").exists() == (name == "shakespeare")
 
 
-@pytest.mark.parametrize("preset, expected", [
-    ("laptop", "skip 6 4 128 64 0.0 32 2400 0.0015 100 200 0.0 auto"),
+@pytest.mark.parametrize("preset, expected", [("laptop", "skip 6 4 128 64 0.0 32 2400 0.0015 100 200 0.0 auto"),
     ("deep", "skip 12 4 128 64 0.0 32 2400 0.003 300 200 0.0 stdlib"),
     ("paper", "soft 6 8 256 128 0.1 64 5000 0.0003 0 250 0.0 auto"),        # the paper's
     ("chain", "skip 6 4 64 30 0.0 64 1500 0.002 100 100 0.5 chain")])

@@ -7,7 +7,7 @@ Train and evaluate a model:
     python train.py --preset chain --gate straight --halt --lam 0.03        a puzzle; takes two minutes
 
 --help lists all flags, such as --model plain. Random numbers depend only on (seed, step), so all designs see the same
-batches, and a resumed run matches one that was never interrupted (on a CPU, bit for bit).
+batches, and a run resumed with the same --max_iters matches one that was never interrupted (on a CPU, bit for bit).
 """
 import argparse
 import contextlib
@@ -66,7 +66,7 @@ FLAGS = {
     "gate": Flag(Config.gate, GATES, "tsa: gate design, from GATES in tsa.py"),
     "gate_bias": Flag(Config.gate_bias, bounded(float, -math.inf), "tsa: initial b2 of equation (3)"),
     "halt": Flag(Config.halt, bool, "tsa: multiply each gate by the previous"),
-    "lam": Flag(0.001, bounded(float, 0), "tsa: weight of the depth loss (the mean gate)"),
+    "lam": Flag(0.001, bounded(float, 0), "tsa: weight of the depth loss"),
     "lam_ramp": Flag(0.0, bounded(float, 0, 1), "tsa: fraction of training in which lam rises from 0"),
     "confidence": Flag(Config.confidence, bounded(float, 0, 1), "exit: exit above this top probability"),
     "data": Flag("auto", str, "shakespeare, enwik8, stdlib, chain, a file; auto: shakespeare, else stdlib"),

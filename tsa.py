@@ -37,7 +37,7 @@ from torch.nn import functional as F
 
 @dataclass
 class Config:
-    """The hyperparameters of a model (train.py has the paper's as a preset). A field that you add becomes a flag."""
+    """The hyperparameters of a model. A field that you add (bool, int, float or str) becomes a flag of train.py."""
     model: str = "tsa"          # a name in MODELS
     gate: str = "skip"          # tsa: a name in GATES
     gate_bias: float = -1.0     # tsa: initial b2 of equation (3): gates start near 0.73 at -1, lower at a larger b2
@@ -147,7 +147,7 @@ class Attention(nn.Module):
     def forward(self, h, kv, rows=None):
         """
         h (B, T, C), keys and values kv (B, S, 2C) -> (B, T, C). If only N tokens run the block, `rows` (N,) are their
-        places among the B * T tokens, and only their outputs are computed: (N, C).
+        places among the B * T tokens, and only their outputs are returned: (N, C).
         """
         if rows is None:
             return self.proj(self.attend(self.query(h), kv))
