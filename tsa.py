@@ -67,11 +67,11 @@ class Router(nn.Module):
 
     def forward(self, x, gates):
         """x (B, T, C) and the gates of all blocks so far, a list of (B, T) -> the gates of the next block (B, T)."""
-        gate = self.gate(self.scale(x, gates))
+        gate = self.gate(self.scale(x, gates).float())          # float32 in training with bfloat16, too
         return gate * gates[-1] if self.halt else gate
 
     def scale(self, x, gates):
-        """x and gates as above -> (B, T), float32."""
+        """x and gates as above -> (B, T)."""
         raise NotImplementedError
 
     def gate(self, scale):
