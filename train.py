@@ -27,7 +27,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import data
-from tsa import GATES, MODELS, Config, Transformer, load_checkpoint, multiply_adds, token_loss
+from tsa import GATES, MODELS, TSA, Config, Transformer, load_checkpoint, multiply_adds, token_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PRESETS = {     # each replaces some defaults of the flags below
@@ -144,7 +144,7 @@ def fit(model, args, corpus, idx, targets, saved):
         attention = sdpa_kernel(SDPBackend.MATH) if unfused else contextlib.nullcontext()
         with torch.autocast(x.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"), attention:
             task_loss, gates = model.loss(x, y)                                 # gates (L, B, T)
-            depth_loss = model.routers[0].depth_loss(gates[1:]) if args.model == "tsa" else 0
+            depth_loss = model.routers[0].depth_loss(gates[1:]) if isinstance(model, TSA) else 0
             loss = task_loss + lam * depth_loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -152,7 +152,7 @@ def fit(model, args, corpus, idx, targets, saved):
         optimizer.zero_grad()
         if step % 20 == 0:
             seconds = (time.perf_counter() - began) / (step - done)         # per step, including evaluations
-            shown = "  gates" + "".join(f" {gate:.2f}" for gate in gates.mean((1, 2))) if args.model == "tsa" else ""
+            shown = "  gates" + "".join(f" {gate:.2f}" for gate in gates.mean((1, 2))) if isinstance(model, TSA) else ""
             print(f"step {step}/{args.max_iters}  loss {task_loss.item():.4f}{shown}  {1000 * seconds:.0f} ms/step, "
                   f"{seconds * (args.max_iters - step) / 60:.1f} min left", flush=True)
         if step % args.eval_interval == 0 or step == args.max_iters:
@@ -210,7 +210,7 @@ def seconds_of(run):
 def score(model, idx, targets, timed=False):
     """Evaluate windows idx, targets (n, T). Print and return the scores. If timed, also print the speed-up."""
     model.eval()
-    kind = model.config.model
+    kind, gated = model.config.model, isinstance(model, TSA)
     print(f"evaluation on {len(idx):,} windows", flush=True)
     val_loss, gates, ran = evaluate(model, idx, targets, sparse=False)
     val_loss_sparse = val_loss          # a plain model has nothing to skip
@@ -221,7 +221,7 @@ def score(model, idx, targets, timed=False):
     tlops_saved = 1 - sum(ran if kind == "exit" else gates) / len(ran)      # token-layer operations, the paper's unit
     by_count = f"  {tlops_saved:.1%} saved by the paper's count"
     gates_shown, ran_shown = ("".join(f" {share:.2f}" for share in shares) for shares in (gates, ran))
-    print(f"full   loss {val_loss:.4f}" + (f"  gates{gates_shown}{by_count}" if kind == "tsa" else ""))
+    print(f"full   loss {val_loss:.4f}" + (f"  gates{gates_shown}{by_count}" if gated else ""))
     if kind != "plain":
         more_or_fewer = f"{abs(saved):.1%} {'fewer' if saved >= 0 else 'more'} multiply-adds"
         times = f", {speedup(model, idx[:64]):.1f}x as fast" if timed else ""
@@ -241,7 +241,7 @@ def supports_bfloat16(device):
 
 
 def parse_flags(argv):
-    """Return the flags, and the model and the checkpoint to resume or to score (or None, None)."""
+    """Return the flags (typed > checkpoint > preset > default) and, or None, a loaded model and its checkpoint."""
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for name, flag in FLAGS.items():
         how = ({"action": argparse.BooleanOptionalAction} if flag.kind is bool else
@@ -263,7 +263,7 @@ def parse_flags(argv):
         model, saved = load_checkpoint(typed["score"], **changes)
         trained = saved["flags"] | {"device": DEVICE}           # it may be from another machine
     defaults, preset = {name: flag.default for name, flag in FLAGS.items()}, PRESETS[typed.get("preset", "laptop")]
-    args = argparse.Namespace(**defaults | preset | trained | typed)        # of two values, the one further right wins
+    args = argparse.Namespace(**defaults | preset | trained | typed)        # the one further right wins
     of_gates = {"gate", "gate_bias", "halt", "lam", "lam_ramp"}
     unused = {"plain": of_gates | {"confidence"}, "tsa": {"confidence"}, "exit": of_gates}
     if others := typed.keys() & unused.get(args.model, set()):

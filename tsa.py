@@ -58,7 +58,7 @@ class Router(nn.Module):
     """
     Gives each token its gate for the next block. To write a design, derive from GateMLP (the paper's router) and
     override `gate`, `sparse_gate`, or `depth_loss`, or derive from Router and define `scale(x, gates)`, which replaces
-    1 - p. A token's gate must depend only on its own x and earlier gates: in generation, x holds only the newest token.
+    1 - p. A token's gate must depend only on its own x and gates: in generation, x may hold only the newest token.
     """
 
     def __init__(self, config):
@@ -66,7 +66,7 @@ class Router(nn.Module):
         self.halt = config.halt
 
     def forward(self, x, gates):
-        """x (B, T, C) and the gates of all blocks so far, a list of (B, T) -> the gates of the next block (B, T)."""
+        """x (B, T, C), all earlier blocks' gates (a list of (B, T), before sparse_gate) -> the next block's (B, T)."""
         gate = self.gate(self.scale(x, gates).float())          # float32 in training with bfloat16, too
         return gate * gates[-1] if self.halt else gate
 
@@ -77,13 +77,12 @@ class Router(nn.Module):
     def gate(self, scale):
         """
         Turn the scale (B, T) into the gate of a full pass, between 0 and 1 (by default, the scale itself). Add noise
-        only `if self.training`. Where this is flat, as at the ends of a clamp, a token sends its router no gradient, so
-        a block that all tokens skip stays closed.
+        only `if self.training`. A block whose gates are all clamped to 0 gets no gradient and rarely opens again.
         """
         return scale
 
     def sparse_gate(self, gate):
-        """Turn a gate into that of a sparse pass (by default, itself); exactly 0 skips. Training never calls this."""
+        """Turn a gate into that of a sparse pass (by default, itself); exactly 0 skips. Not used to train."""
         return gate
 
     def depth_loss(self, gates):
@@ -121,7 +120,7 @@ class Skip(GateMLP):
 class Stretch(GateMLP):
     """The scale, stretched and clamped: exactly 0 up to a scale of 1/7, exactly 1 from 6/7. The same in all passes."""
     def gate(self, scale):
-        return (1.4 * scale - 0.2).clamp(0, 1)          # hard concrete without noise (Louizos et al. 2018, 1712.01312)
+        return (1.4 * scale - 0.2).clamp(0, 1)          # like hard concrete (Louizos et al. 2018, 1712.01312)
 
 
 class Straight(GateMLP):
@@ -151,18 +150,7 @@ class Attention(nn.Module):
         """
         if rows is None:
             return self.proj(self.attend(self.query(h), kv))
-        B, T, C = h.shape
-        q = self.query(select(h, rows))                                 # (N, C)
-        # Skip this on a first reading. The kernel wants equally many queries in each sequence. There are three ways to
-        # arrange the N, with the same result; which is fastest was measured on a CPU.
-        if T == 1 and 3 * len(rows) < B:        # generation (a row is a sequence), few run: a batch of these alone,
-            return self.proj(self.attend(q.unsqueeze(1), kv[rows]).squeeze(1))      # with a copy of their cache
-        if T > 1 and B * T >= 256 and 2 * len(rows) < B * T:    # most of many tokens skip: pack the queries
-            slots, n, mask = pack(rows, B, T)
-        else:                                   # each query at its own position, and zeros at all others
-            slots, n, mask = rows, T, None
-        q = q.new_zeros(B * n, C).index_copy_(0, slots, q).view(B, n, C)
-        return self.proj(select(self.attend(q, kv, mask), slots))
+        return self.proj(self.attend_rows(self.query(select(h, rows)), kv, rows, *h.shape[:2]))
 
     def attend(self, q, kv, mask=None):
         """q (B, n, C), kv (B, S, 2C) -> (B, n, C). Without a mask, query i attends to keys 0 to i (n = 1: to all)."""
@@ -173,6 +161,20 @@ class Attention(nn.Module):
         dropout_p = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=mask is None and n > 1)
         return y.transpose(1, 2).flatten(-2)
+
+    def attend_rows(self, q, kv, rows, B, T):
+        """
+        The same for queries q (N, C) of N of the B * T tokens. The kernel wants equally many in each sequence; which of
+        three ways to get them is fastest was measured on a CPU. Skip this on a first reading.
+        """
+        if T == 1 and 3 * len(rows) < B:        # generation (a row is a sequence), and few run: a batch of these alone
+            return self.attend(q.unsqueeze(1), kv[rows]).squeeze(1)
+        if T > 1 and B * T >= 256 and 2 * len(rows) < B * T:    # most of many tokens skip: pack the queries
+            slots, n, mask = pack(rows, B, T)
+        else:                                   # each query at its own position, and zeros at all others
+            slots, n, mask = rows, T, None
+        q = q.new_zeros(B * n, q.size(1)).index_copy_(0, slots, q).view(B, n, -1)
+        return select(self.attend(q, kv, mask), slots)
 
 
 def select(x, rows):
@@ -437,8 +439,7 @@ class Cache:
     """The keys and values of the S tokens that a block has seen so far, including those that skipped it."""
 
     def __init__(self, config, B, like):
-        """`like`: a tensor of the same device and dtype."""
-        self.buffer, self.length = like.new_empty(B, config.block_size, 2 * config.n_embd), 0
+        self.buffer, self.length = like.new_empty(B, config.block_size, 2 * config.n_embd), 0       # dtype of `like`
 
     def append(self, kv):
         """kv (B, T, 2C) of T new tokens -> those of all S tokens (B, S, 2C)."""
