@@ -506,7 +506,7 @@ def test_an_interrupted_run_resumes_to_the_bit(monkeypatch):
         if run["step"] == 4:
             path.write_bytes(b"half a file")
             raise KeyboardInterrupt
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="^\ninterrupted. .* train.py --resume run$"):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="^\ninterrupted. .* run --max_iters 6$"):
         patch.setattr(torch, "save", save_or_stop)
         fit(flags)
     monkeypatch.setattr(train, "supports_bfloat16", lambda device: True)

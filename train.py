@@ -125,7 +125,7 @@ def fit(model, args, corpus, idx, targets, saved):
     print(f"{size:,} parameters ({routers / size:.1%} of them in routers), data {args.data}, device {args.device}, "
           f"dtype {args.dtype}")
     unfused = args.device.startswith("cpu") and args.dtype == "bfloat16"        # there, unfused attention is faster
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(unfused)             # applies to CPUs, too
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(unfused)             # if it may add in bfloat16
 
     def score_after(step):      # on all windows at the end, otherwise on a few hundred, spread over the split
         last = step == args.max_iters
@@ -158,10 +158,10 @@ def fit(model, args, corpus, idx, targets, saved):
         if step % args.eval_interval == 0 or step == args.max_iters:
             scores = score_after(step)
             run.update(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
-            new = args.out_dir / f"ckpt-{os.getpid()}.tmp"          # of this process: the run may be resumed twice
+            new = args.out_dir / f"ckpt-{os.getpid()}.tmp"          # two processes may resume one run
             torch.save(run, new)
             new.replace(args.out_dir / "ckpt.pt")                   # so ckpt.pt is always complete
-            (args.out_dir / "result.json").unlink(missing_ok=True)              # of a shorter run
+            (args.out_dir / "result.json").unlink(missing_ok=True)              # from before --max_iters was raised
     (args.out_dir / "result.json").write_text(json.dumps(run["config"] | flags | scores, indent=1))
     print(f"to look inside: python sample.py {args.out_dir} (with or without --map)")
 
@@ -201,7 +201,7 @@ def speedup(model, idx):
 
 
 def seconds_of(run):
-    """Seconds until the last tensor that run() returns is ready (a GPU computes in the background)."""
+    """Seconds that run() takes. Reading its last result waits for a GPU, which computes in order."""
     began = time.perf_counter()
     run()[-1].any().item()
     return time.perf_counter() - began
@@ -283,7 +283,7 @@ def main(argv=None):
     try:
         args, model, saved = parse_flags(argv)
         args.data = data.shakespeare_or_stdlib() if args.data == "auto" else args.data
-        corpus = data.load(args.data, saved["vocab"] if args.score else None)
+        corpus = data.load(args.data, saved["vocab"] if args.score else None)      # --score: maybe of another text
         idx, targets = (part.to(args.device) for part in corpus.windows("val", args.block_size))       # (n, T) each
         if saved and saved["checksum"] != corpus.checksum():
             message = f"--data {args.data} is not the text that this model was trained on"
@@ -305,8 +305,8 @@ def main(argv=None):
         else:
             fit(model, args, corpus, idx, targets, saved)
     except KeyboardInterrupt:
-        has_run = args.out_dir and (args.out_dir / "ckpt.pt").exists()
-        sys.exit(f"\ninterrupted. To continue: python train.py --resume {args.out_dir}" if has_run else "\ninterrupted")
+        how = f". To continue: python train.py --resume {args.out_dir} --max_iters {args.max_iters}"
+        sys.exit("\ninterrupted" + how * bool(args.out_dir and (args.out_dir / "ckpt.pt").exists()))
     finally:
         if not saved:
             with contextlib.suppress(OSError):          # it is not empty after the first checkpoint

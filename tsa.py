@@ -101,7 +101,7 @@ class GateMLP(Router):
         nn.init.constant_(self.out.bias, config.gate_bias)
 
     def scale(self, x, gates):
-        """1 - p (B, T), equations (3) and (4). In float32: bfloat16 rounds a p close to 1 to 1, and its gate to 0."""
+        """1 - p (B, T), equations (3) and (4). In float32: bfloat16 rounds a p of 0.999 to 1, and the gate to 0."""
         return 1 - torch.sigmoid(self.out(F.relu(self.fc(x))).squeeze(-1).float())
 
 
@@ -231,7 +231,7 @@ class Block(nn.Module):
         sparse pass give the same result.
         """
         if sparse:
-            rows = gate.flatten().nonzero().squeeze(1)      # (N,), places among the B * T tokens; a GPU waits for N
+            rows = gate.flatten().nonzero().squeeze(1)      # (N,), places among the B * T tokens; waits for a GPU
             if len(rows) == 0:                  # nobody runs the block, but later tokens may attend to these
                 if cache is not None:
                     cache.append(self.attn.key_value(self.ln1(x)))
