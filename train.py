@@ -241,7 +241,7 @@ def supports_bfloat16(device):
 
 
 def parse_flags(argv):
-    """Return the flags (typed > checkpoint > preset > default) and, or None, a loaded model and its checkpoint."""
+    """Return the flags (typed > checkpoint > preset > default), and a loaded model and its checkpoint or None, None."""
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for name, flag in FLAGS.items():
         how = ({"action": argparse.BooleanOptionalAction} if flag.kind is bool else
