@@ -7,7 +7,7 @@ Train and evaluate a model:
     python train.py --preset chain --gate straight --halt --lam 0.03        a puzzle; takes two minutes
 
 --help lists all flags, such as --model plain. Random numbers depend only on (seed, step), so all designs see the same
-batches, and a run resumed with the same --max_iters matches one that was never interrupted (on a CPU, bit for bit).
+batches, and a run resumed with the same --max_iters matches one that was never interrupted (on one CPU, bit for bit).
 """
 import argparse
 import contextlib
@@ -17,6 +17,7 @@ import math
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections import namedtuple
 from dataclasses import fields
@@ -81,7 +82,7 @@ FLAGS = {
     "warmup_iters": Flag(100, bounded(int, 0), "steps of linear warm-up"),
     "eval_interval": Flag(200, bounded(int, 1), "steps between evaluations and checkpoints"),
     "seed": Flag(0, bounded(int, 0), "random seed"),
-    "device": Flag(DEVICE, usable_device, "cpu, cuda, mps ..."),
+    "device": Flag(DEVICE, usable_device, "cpu, cuda, mps ... (tested on cpu only)"),
     "dtype": Flag(None, ("float32", "bfloat16"), "precision of training; None: bfloat16 where it is fast"),
     "out_dir": Flag(None, Path, "new folder, for this run only; None: out/MODEL-1, -2, ..."),
     "resume": Flag(None, Path, "folder of a run to continue (only --device and --max_iters may change)"),
@@ -158,9 +159,9 @@ def fit(model, args, corpus, idx, targets, saved):
         if step % args.eval_interval == 0 or step == args.max_iters:
             scores = score_after(step)
             run.update(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
-            new = args.out_dir / f"ckpt-{os.getpid()}.tmp"          # two processes may resume one run
-            torch.save(run, new)
-            new.replace(args.out_dir / "ckpt.pt")                   # so ckpt.pt is always complete
+            with tempfile.TemporaryDirectory(dir=args.out_dir) as own:          # two processes may resume one run
+                torch.save(run, Path(own, "ckpt.pt"))
+                Path(own, "ckpt.pt").replace(args.out_dir / "ckpt.pt")          # so ckpt.pt is always complete
             (args.out_dir / "result.json").unlink(missing_ok=True)              # from before --max_iters was raised
     (args.out_dir / "result.json").write_text(json.dumps(run["config"] | flags | scores, indent=1))
     print(f"to look inside: python sample.py {args.out_dir} (with or without --map)")
@@ -170,13 +171,12 @@ def new_folder(path, model):
     """Make path or, if that is None, the first of out/MODEL-1, out/MODEL-2, ... that does not exist. Return it."""
     for n in itertools.count(1):
         folder = path or Path(f"out/{model}-{n}")
-        try:
-            folder.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)        # fails if it is a file
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
             return folder
-        except FileExistsError:
-            if path:
-                message = f"--out_dir {path} exists; choose another, or continue its run with --resume {path}"
-                raise FileExistsError(message) from None
+        if path:
+            raise FileExistsError(f"--out_dir {path} exists; choose another, or continue its run with --resume {path}")
 
 
 @torch.no_grad()
@@ -306,7 +306,7 @@ def main(argv=None):
             fit(model, args, corpus, idx, targets, saved)
     except KeyboardInterrupt:
         how = f". To continue: python train.py --resume {args.out_dir} --max_iters {args.max_iters}"
-        sys.exit("\ninterrupted" + how * bool(args.out_dir and (args.out_dir / "ckpt.pt").exists()))
+        sys.exit("\ninterrupted" + (how if args.out_dir and (args.out_dir / "ckpt.pt").exists() else ""))
     finally:
         if not saved:
             with contextlib.suppress(OSError):          # it is not empty after the first checkpoint

@@ -26,6 +26,7 @@ train.py adds lambda times Router.depth_loss to the loss, which pushes gates tow
 Shapes: B sequences of T tokens, C = n_embd channels, nh heads of size hs = C / nh, V characters, L blocks. In a sparse
 pass, N of the B * T tokens run a block. Attention sees S keys and values per sequence: T, or more with a cache.
 """
+import io
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -230,12 +231,11 @@ class Block(nn.Module):
         whose gate is not 0 run the block, though all tokens have keys and values. With the same gates, a full and a
         sparse pass give the same result.
         """
-        if sparse:
-            rows = gate.flatten().nonzero().squeeze(1)      # (N,), places among the B * T tokens; waits for a GPU
-            if len(rows) == 0:                  # nobody runs the block, but later tokens may attend to these
-                if cache is not None:
-                    cache.append(self.attn.key_value(self.ln1(x)))
-                return x
+        rows = gate.flatten().nonzero().squeeze(1) if sparse else None      # (N,), indices into the B * T tokens
+        if sparse and len(rows) == 0:           # nobody runs the block, but later tokens may attend to these
+            if cache is not None:
+                cache.append(self.attn.key_value(self.ln1(x)))
+            return x
         h = self.ln1(x)
         kv = self.attn.key_value(h)     # of all tokens: those that run the block attend to those that skip it
         if cache is not None:
@@ -244,7 +244,7 @@ class Block(nn.Module):
             x = x + self.attn(h, kv)
             return x + self.ffn(self.ln2(x))
         gate = gate.to(x.dtype).unsqueeze(-1)                           # (B, T, 1)
-        if not sparse or len(rows) == gate.numel():             # all tokens run the block
+        if rows is None or len(rows) == gate.numel():           # all tokens run the block
             x = x + gate * self.attn(h, kv)                             # equation (1)
             return x + gate * self.ffn(self.ln2(x))                     # equation (2)
         y, gate = select(x, rows), select(gate, rows)                   # (N, C), (N, 1)
@@ -390,16 +390,16 @@ def load_checkpoint(path, **changes):
     dictionary. `changes` override fields of its Config. Raise OSError or ValueError if it cannot be loaded.
     """
     path = Path(path, "ckpt.pt") if Path(path).is_dir() else path
-    with open(path, "rb") as file:
-        try:
-            saved = torch.load(file, map_location="cpu", weights_only=True)
-            kinds = dict(model=dict, config=dict, flags=dict, vocab=str, prompt=str, checksum=int)
-            wrong = [name for name, kind in kinds.items() if not isinstance(saved[name], kind)]
-            if wrong or zipfile.ZipFile(file).testzip():        # torch does not verify checksums
-                raise ValueError
-            config = Config(**saved["config"])
-        except Exception:       # of many types; some messages recommend an unsafe load
-            raise ValueError(f"{path} is damaged or from another version of train.py") from None
+    file = io.BytesIO(Path(path).read_bytes())          # on Windows, train.py cannot replace a file that is open
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        kinds = dict(model=dict, config=dict, flags=dict, vocab=str, prompt=str, checksum=int)
+        wrong = [name for name, kind in kinds.items() if not isinstance(saved[name], kind)]
+        if wrong or zipfile.ZipFile(file).testzip():            # torch does not verify checksums
+            raise ValueError
+        config = Config(**saved["config"])
+    except Exception:       # of many types; some messages recommend an unsafe load
+        raise ValueError(f"{path} is damaged or from another version of train.py") from None
     config = replace(config, **changes)
     if config.model not in MODELS or (config.model == "tsa" and config.gate not in GATES):
         raise ValueError(f"{path}: tsa.py has no model {config.model} with gate {config.gate}")
