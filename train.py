@@ -171,7 +171,7 @@ def new_folder(path, model):
     """Make path or, if that is None, the first of out/MODEL-1, out/MODEL-2, ... that does not exist. Return it."""
     for n in itertools.count(1):
         folder = path or Path(f"out/{model}-{n}")
-        folder.parent.mkdir(parents=True, exist_ok=True)        # fails if it is a file
+        folder.parent.mkdir(parents=True, exist_ok=True)        # not suppressed: fails if it is a file
         with contextlib.suppress(FileExistsError):
             folder.mkdir()
             return folder
