@@ -118,13 +118,11 @@ def pass_by_hand(model, idx, sparse=False):
     return torch.stack(gates), torch.stack(logits)
 
 
-@pytest.mark.parametrize("model, vocab_size, block_size, width, count", [
-    ("plain", 65, 128, 256, 4_782_336), ("tsa", 65, 128, 256, 4_864_901), ("exit", 65, 128, 256, 4_784_896),
-    ("plain", 32, 64, 128, 1_199_104), ("tsa", 32, 64, 128, 1_219_909)])
-def test_number_of_parameters_is_the_papers(model, vocab_size, block_size, width, count):
+@pytest.mark.parametrize("model, count", [("plain", 4_782_336), ("tsa", 4_864_901), ("exit", 4_784_896)])
+def test_number_of_parameters_is_the_papers(model, count):
     """With a bias missing or the head untied, it would be a different model."""
-    config = Config(vocab_size=vocab_size, block_size=block_size, n_layer=6, n_head=8, n_embd=width)
-    assert sum(parameter.numel() for parameter in MODELS[model](config).parameters()) == count
+    model = MODELS[model](Config(vocab_size=65, block_size=128, n_layer=6, n_head=8, n_embd=256))
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
 
 
 def test_initial_weights_and_gates_are_the_papers():
@@ -277,17 +275,16 @@ def test_loss_is_the_mean_cross_entropy(design):
     assert_close(model.loss(idx, targets)[0], sum(losses) / 4 if design == "exit" else losses[-1])
 
 
-@pytest.mark.parametrize("in_training, fraction", [(True, 0.25), (False, 0.0)])
-def test_dropout_sits_at_the_papers_four_places_in_training(in_training, fraction):
+def test_dropout_sits_at_the_papers_four_places():
     """They are the embeddings, the attention weights, and the outputs of GELU and of the feed-forward layer."""
-    model, inputs = tiny(dropout=0.25).train(in_training), []
+    model, inputs = tiny(dropout=0.25).train(), []
     block = model.blocks[0]
     for layer in (block.attn.proj, block.ffn.proj):     # their inputs: attention to a single token, and GELU's output
         layer.register_forward_pre_hook(lambda layer, args: inputs.append(args[0]))
     x = model.embed(tokens(B=2000, T=1))
     block.attn(x, block.attn.key_value(x))
     for output in (x, block.ffn(x), *inputs):
-        assert (output == 0).double().mean().item() == pytest.approx(fraction, abs=0.03 * in_training)
+        assert (output == 0).double().mean().item() == pytest.approx(0.25, abs=0.03)
 
 
 def test_bfloat16_does_not_close_an_open_gate():
@@ -310,7 +307,6 @@ def test_counted_multiply_adds_are_those_that_ran(design, T):
     counted += 4 * T * 16 + ran.count(0) * 2 * 16 ** 2          # charged
     plain = 4 * (12 * 16 ** 2 + T * 16) + 11 * 16               # the weights and scores of four blocks, the head
     assert multiply_adds(model, ran, T) == pytest.approx((counted, plain)), f"{design}: one for each matrix weight"
-    assert attention <= 4 * 2 * 2 * 3 * T * T * 16              # packed queries are never more than T a sequence
 
 
 @pytest.mark.parametrize("design, sparse", [*((design, True) for design in DESIGNS), ("soft", False), ("exit", False)])
@@ -409,48 +405,32 @@ def test_schedule_is_warmup_times_cosine(step, warmup, expected):
     assert train.schedule(step, warmup, 11) == pytest.approx(expected, abs=1e-4)
 
 
-def difference(without=None):
-    """How much the weights after ten steps differ from those of ten steps written out, perhaps without a part."""
+def test_ten_steps_equal_those_written_out():
+    """A missing part would make it another method. Each part here moves some weight by more than 0.001."""
     trained = fit("--max_iters 10 --learning_rate 0.02 --warmup_iters 4 --lam 0.3 --lam_ramp 0.5 --seed 5 "
                   "--dropout 0.1 --eval_interval 4")["model"]       # after an evaluation, training has dropout again
-    corpus, ramp = data.load("t.txt"), 1 if without == "a ramp of lambda" else 5
+    corpus = data.load("t.txt")
     for step in range(11):
-        own = np.random.SeedSequence((5, step)).generate_state(1)[0]
-        torch.manual_seed(5 + step if without == "its own seed in each step" else int(own))
+        torch.manual_seed(int(np.random.SeedSequence((5, step)).generate_state(1)[0]))
         if step == 0:
             model = TSA(Config(vocab_size=len(corpus.vocab), block_size=16, n_layer=3, n_embd=16, dropout=0.1))
-            optimizer = train.make_optimizer(model.train(without != "dropout"))
+            optimizer = train.make_optimizer(model.train())
             continue
         for group in optimizer.param_groups:
-            group["lr"] = 0.02 * (1 if without == "a schedule" else train.schedule(step, 4, 10))
+            group["lr"] = 0.02 * train.schedule(step, 4, 10)
         task_loss, gates = model.loss(*corpus.batch(8, 16))
-        (task_loss + (without != "a depth loss") * 0.3 * min(step / ramp, 1) * gates[1:].mean()).backward()
-        if without != "clipping":
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        (task_loss + 0.3 * min(step / 5, 1) * gates[1:].mean()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    return max((trained[name] - weight).abs().max().item() for name, weight in model.state_dict().items())
+    assert_close(trained, model.state_dict(), atol=2e-4, rtol=0)
 
 
-@pytest.mark.parametrize("part", ["its own seed in each step", "dropout", "a schedule", "a ramp of lambda",
-                                  "a depth loss", "clipping"])
-def test_training_has(part):
-    """Without this part, the paper's numbers would be those of another method."""
-    assert difference(without=part) > 1e-3
-
-
-def test_depth_loss_is_the_mean_gate_after_block_0_unless_a_design_has_its_own(monkeypatch):
-    """A design may weight blocks or tokens. Twice the mean gate (L - 1, B, T) equals twice the lambda, to the bit."""
-    gates = torch.rand(2, 8, 16)
-    assert Router(Config()).depth_loss(gates) == gates.mean()
+def test_a_design_may_have_its_own_depth_loss(monkeypatch):
+    """It may weight blocks or tokens. Twice the mean gate (L - 1, B, T) equals twice the lambda, to the bit."""
     usual = fit("--max_iters 2 --lam 0.5", "usual")["model"]
     monkeypatch.setattr(GATES["skip"], "depth_loss", lambda self, gates: 2 * gates.mean() * (gates.shape == (2, 8, 16)))
     assert_close(fit("--max_iters 2 --lam 0.25")["model"], usual, rtol=0, atol=0)
-
-
-def test_ten_steps_equal_those_written_out():
-    """Its parts have tests of their own above."""
-    assert difference() < 2e-4
 
 
 def test_dtype_is_obeyed_and_bfloat16_is_the_default_where_it_is_fast(monkeypatch):
@@ -599,7 +579,7 @@ def test_runs_are_numbered_and_sample_shows_the_newest(capsys):
 def test_a_second_start_in_the_folder_of_a_run_is_refused(monkeypatch):
     """Two runs would overwrite each other. When the first begins to train, it has not saved anything."""
     monkeypatch.setattr(train, "fit", lambda *args: fit(""))
-    with pytest.raises(SystemExit, match="^error: --out_dir run exists; choose another"):
+    with pytest.raises(SystemExit, match="^error: --out_dir run exists; choose another, .* with --resume run$"):
         fit("")
 
 
@@ -634,7 +614,6 @@ def mistakes():
     Path("latin1.txt").write_bytes(b"\xe9" * 999)
     torch.save(Bomb(), "bomb.pt")
     save(tiny(), "gate.pt", config=vars(Config(gate="nosuch")))
-    save(tiny(), "size.pt", config=vars(Config()))
     save(tiny(), "chain.pt", vocab="0123457abcd", flags={"data": "chain"})
 
 
@@ -642,16 +621,15 @@ def mistakes():
     (train, "--dropout 1.5", "not a number from 0 to 1"), (train, "--n_embd 16 --n_head 3", "not divisible"),
     (train, "--gate_bias nan", "not a number"), (train, "--data nosuch --lam inf", "not a number"),
     (train, "--data chain --block_size 60 --max_iters 1 --n_layer 2 --n_embd 8", "length of a puzzle"),
-    (train, "--gate nosuch", "invalid choice: 'nosuch'"),
+    (train, "--gate nosuch", "invalid choice: 'nosuch'"), (train, "--data t.txt --out_dir t.txt/run", "t.txt"),
     (train, "--model exit --lam 1 --no-halt", "--halt, --lam has no effect"), (train, "--n_layer 1", "--n_layer 2"),
-    (train, "--data t.txt --out_dir run", "with --resume run"), (train, "--data t.txt --out_dir t.txt/run", "t.txt"),
     (train, "--resume run/ckpt.pt", "the folder of a run"), (train, "--resume run --lam 1", "--lam cannot be combined"),
     (train, "--resume run --max_iters 4", "less than the 5 steps"), (train, "--resume run", "not the text"),
     (train, "--resume gpu", "cannot use the device nosuch"), (sample, "run --device nosuch", "cannot use the device"),
     (train, "--score run --seed 1 --lam 1", "--lam, --seed cannot be"), (train, "--data latin1.txt", "decode"),
     (train, "--data t.txt --block_size 2000", "has only 1358 tokens"),
     (sample, "flipped.pt", "flipped.pt is damaged"), (sample, "bomb.pt", "bomb.pt is damaged"),
-    (sample, "gate.pt", "has no model tsa with gate nosuch"), (sample, "size.pt", "size.pt has other weights"),
+    (sample, "gate.pt", "has no model tsa with gate nosuch"),
     (sample, "chain.pt --prompt 7bc", "'b' at position 2"), (sample, "chain.pt --prompt §", r"vocabulary: '\xa7'"),
     (sample, "chain.pt --prompt=", "at least one character"), (sample, "run --gate everything", "has other weights")])
 def test_a_mistake_ends_in_one_line(program, flags, words, mistakes, capsys):
@@ -664,10 +642,12 @@ def test_a_mistake_ends_in_one_line(program, flags, words, mistakes, capsys):
     assert sorted(Path().rglob("*")) == before
 
 
-@pytest.mark.parametrize("design, flag", [("soft", "--map"), ("skip", "--map"), ("exit", "--no-sparse")])
-def test_map_shows_the_prediction_after_each_block_and_marks_wrong_answers(design, flag, capsys):
+@pytest.mark.parametrize("design, flag", [("soft", "--map"), ("skip", "--map"), ("exit", "--no-sparse"),
+                                          ("own", "--map")])        # a reader's design that rounds as soft does
+def test_map_shows_the_prediction_after_each_block_and_marks_wrong_answers(design, flag, capsys, monkeypatch):
     """A cell is what the model would predict if it stopped after that block, and blank if the token skipped it."""
-    model = tiny(**DESIGNS[design], vocab_size=12)
+    monkeypatch.setitem(GATES, "own", type("Own", (GATES["soft"],), {}))
+    model = tiny(**DESIGNS.get(design, {"gate": design}), vocab_size=12)
     prompt, answers = "2301a0bcd", "230120301"          # a and b name positions 1 and 2
     save(model, vocab="\n \t\f0123abcd", flags={"data": "chain"})
     gates, logits = pass_by_hand(model, data.encode(prompt, "\n \t\f0123abcd")[None], sparse=design == "skip")
