@@ -101,7 +101,7 @@ def block_by_hand(block, x, gate):
 
 
 def pass_by_hand(model, idx, sparse=False):
-    """Scale every token by its gate -> each block's gates (L, B, T) and the logits after it (L, B, T, V)."""
+    """Scale each update by its gate -> each block's gates (L, B, T) and the logits after it (L, B, T, V)."""
     trained, gates, logits = [], [], []
     x = model.wte(idx) + model.wpe.weight[:idx.size(1)]
     for l, block in enumerate(model.blocks):
@@ -161,7 +161,7 @@ def test_gate_follows_its_definition(design, full, sparse, slope):
 
 
 def test_halt_multiplies_gates_before_a_sparse_pass_sets_small_ones_to_0():
-    """Gates of 0.4, 0.16 and 0.064 in training: a sparse pass skips the third block. A token that stopped stays out."""
+    """Gates of 0.4, 0.16 and 0.064 in training: a sparse pass skips block 3. A token that stopped stays out."""
     router = GATES["skip"](Config(halt=True))
     scale = torch.full((1, 2), 0.4, requires_grad=True)
     router.scale = lambda x, gates: scale
@@ -175,7 +175,7 @@ def test_halt_multiplies_gates_before_a_sparse_pass_sets_small_ones_to_0():
 @pytest.mark.parametrize("B, T", [(1, 16), (3, 16), (1, 300), (3, 300)])
 @pytest.mark.parametrize("share", ["full pass", 0, 0.1, 0.4, 0.6, 0.9, 1])
 def test_block_is_equations_1_and_2_however_its_queries_are_arranged(share, B, T, monkeypatch):
-    """Each open token attends to its own past, also next to sequences with more of them, and if queries are packed."""
+    """A token that runs attends to its own past, even if queries are packed or other sequences have more of them."""
     packed, pack = [], tsa.pack
     monkeypatch.setattr(tsa, "pack", lambda *args: packed.append(pack(*args)) or packed[-1])
     torch.manual_seed(4)
@@ -306,13 +306,13 @@ def test_counted_multiply_adds_are_those_that_ran(design, T):
     counted = (counter.get_total_flops() - attention) / 2 / (3 * T)     # per token: two flops are one multiply-add
     counted += 4 * T * 16 + ran.count(0) * 2 * 16 ** 2          # charged
     plain = 4 * (12 * 16 ** 2 + T * 16) + 11 * 16               # the weights and scores of four blocks, the head
-    assert multiply_adds(model, ran, T) == pytest.approx((counted, plain)), f"{design}: one for each matrix weight"
+    assert multiply_adds(model, ran, T) == pytest.approx((counted, plain)), f"{design}: not one for each matrix weight"
 
 
 @pytest.mark.parametrize("design, sparse", [*((design, True) for design in DESIGNS), ("soft", False), ("exit", False)])
 @pytest.mark.parametrize("shape, temperature, top_k", [((2, 3), 1.5, 3), ((1, 16), 0.5, None), ((1, 20), 0, 99)])
 def test_generation_with_cache_top_k_and_restart_equals_a_slow_loop(design, sparse, shape, temperature, top_k):
-    """A mistake here would show only as worse text. Beyond the context of 16, text restarts from its last 8 tokens."""
+    """A mistake here would show only as worse text. Beyond the context of 16, only its last 8 tokens are kept."""
     model, idx = tiny(**DESIGNS[design]), tokens(*shape)
     torch.manual_seed(3)
     steps = list(generate(model, idx, 22, temperature, top_k, sparse))
@@ -324,7 +324,7 @@ def test_generation_with_cache_top_k_and_restart_equals_a_slow_loop(design, spar
         if top_k:
             p = p.scatter(1, order[:, top_k:], 0)
         assert torch.equal(new, torch.multinomial(p, 1) if temperature else order[:, :1])
-        assert_close(gates, all_gates[:, :, -1], msg=f"{design}: its gates depend on others, or it adds noise")
+        assert_close(gates, all_gates[:, :, -1], msg=f"{design}: its gates see other tokens, or it adds noise")
         idx = torch.cat([idx, new], dim=1)
 
 
@@ -349,7 +349,7 @@ def test_text_is_split_and_cut_into_windows_with_the_next_character_as_target(na
 
 
 def test_only_the_first_4_million_bytes_of_enwik8_are_used():
-    """The report's losses are on these, and all of it would take many minutes to evaluate."""
+    """The report's losses are on these, and all of enwik8 would take many minutes to evaluate."""
     os.mkdir("data")
     with zipfile.ZipFile("data/enwik8.zip", "w") as archive:
         archive.writestr("enwik8", "ab" * 2_000_000 + "c")
@@ -369,7 +369,7 @@ def test_puzzles_are_whole_and_a_target_is_the_digit_that_the_letters_lead_to():
 
 @pytest.mark.parametrize("sent, name", [(TEXT, "shakespeare"), (TEXT[1:], "stdlib")])
 def test_a_damaged_download_is_replaced_by_the_standard_library(sent, name, monkeypatch):
-    """The README's command works anywhere, and no other text is used without a word."""
+    """The README's command works anywhere, and a damaged text is never used."""
     url, sha256 = Path("t.txt").absolute().as_uri(), hashlib.sha256(TEXT.encode()).hexdigest()
     monkeypatch.setitem(data.FILES, "shakespeare", ("a.txt", url, sha256))
     Path("t.txt").write_bytes(sent.encode())
@@ -427,7 +427,7 @@ def test_ten_steps_equal_those_written_out():
 
 
 def test_a_design_may_have_its_own_depth_loss(monkeypatch):
-    """It may weight blocks or tokens. Twice the mean gate (L - 1, B, T) equals twice the lambda, to the bit."""
+    """It may weight blocks or tokens. Twice the mean of (L - 1, B, T) acts like twice the lambda, bit for bit."""
     usual = fit("--max_iters 2 --lam 0.5", "usual")["model"]
     monkeypatch.setattr(GATES["skip"], "depth_loss", lambda self, gates: 2 * gates.mean() * (gates.shape == (2, 8, 16)))
     assert_close(fit("--max_iters 2 --lam 0.25")["model"], usual, rtol=0, atol=0)
@@ -453,7 +453,7 @@ def test_result_has_the_scores_of_all_validation_windows(run):
 
 @pytest.mark.parametrize("design", ["skip", "exit", "plain"])
 def test_scores_are_of_what_runs_and_of_what_the_paper_counts(design):
-    """A full pass of early exit saves nothing, and a gate below 1 saves nothing unless it is 0."""
+    """A full pass of early exit saves nothing. A gate of 0.5 saves only by the paper's count."""
     model, idx, targets = tiny(**DESIGNS[design]), tokens(100, 11), tokens(100, 11, seed=2)
     (logits, gates), (sparse_logits, sparse_gates) = model(idx), model(idx, sparse=True)
     scores, ran = train.score(model, idx, targets), (sparse_gates != 0).double().mean((1, 2))
@@ -486,7 +486,7 @@ def test_diverged_weights_do_not_replace_good_ones():
 
 
 def test_an_interrupted_run_resumes_to_the_bit(monkeypatch):
-    """After a stop in the middle of saving, on another machine, the weights and the result are those of a whole run."""
+    """Stopped while saving and resumed on another machine, a run ends with the weights and result of a whole one."""
     flags = "--max_iters 6 --eval_interval 2 --dropout 0.1 --seed 5 --gate everything --lam 0.1 --lam_ramp 0.9"
 
     def save_or_stop(run, path, save=torch.save):
@@ -590,7 +590,7 @@ def test_a_second_start_in_the_folder_of_a_run_is_refused(monkeypatch):
     ("nosuch", lambda router, scale: router.nosuch if router.training else scale, AttributeError),
     ("interrupted", lambda router, scale: signal.raise_signal(signal.SIGTERM), SystemExit)])
 def test_a_run_that_ends_early_leaves_no_folder(why, gate, error, flags, monkeypatch):
-    """A folder with untrained weights would be the newest run, and a model of nan has nothing to show."""
+    """A folder with untrained weights would be the newest run, and a diverged model has nothing to show."""
     usual = signal.signal(signal.SIGTERM, signal.SIG_IGN)       # otherwise, if train.py ignored it, pytest would end
     monkeypatch.setattr(GATES["soft"], "gate", gate)
     with pytest.raises(error, match=why):
@@ -622,7 +622,7 @@ def mistakes():
     (train, "--gate_bias nan", "not a number"), (train, "--data nosuch --lam inf", "not a number"),
     (train, "--data chain --block_size 60 --max_iters 1 --n_layer 2 --n_embd 8", "length of a puzzle"),
     (train, "--gate nosuch", "invalid choice: 'nosuch'"), (train, "--data t.txt --out_dir t.txt/run", "t.txt"),
-    (train, "--model exit --lam 1 --no-halt", "--halt, --lam has no effect"), (train, "--n_layer 1", "--n_layer 2"),
+    (train, "--model exit --lam 1 --no-halt", "exit: --halt, --lam"), (train, "--n_layer 1", "--n_layer 2"),
     (train, "--resume run/ckpt.pt", "the folder of a run"), (train, "--resume run --lam 1", "--lam cannot be combined"),
     (train, "--resume run --max_iters 4", "less than the 5 steps"), (train, "--resume run", "not the text"),
     (train, "--resume gpu", "cannot use the device nosuch"), (sample, "run --device nosuch", "cannot use the device"),
@@ -631,7 +631,7 @@ def mistakes():
     (sample, "flipped.pt", "flipped.pt is damaged"), (sample, "bomb.pt", "bomb.pt is damaged"),
     (sample, "gate.pt", "has no model tsa with gate nosuch"),
     (sample, "chain.pt --prompt 7bc", "'b' at position 2"), (sample, "chain.pt --prompt §", r"vocabulary: '\xa7'"),
-    (sample, "chain.pt --prompt=", "at least one character"), (sample, "run --gate everything", "has other weights")])
+    (sample, "chain.pt --prompt=", "at least one character"), (sample, "run --gate everything", "weights do not fit")])
 def test_a_mistake_ends_in_one_line(program, flags, words, mistakes, capsys):
     """The message says what is wrong, without a traceback. Nothing is written, and no foreign code runs."""
     before = sorted(Path().rglob("*"))

@@ -7,7 +7,7 @@ Train and evaluate a model:
     python train.py --preset chain --gate straight --halt --lam 0.03        a puzzle; takes two minutes
 
 --help lists all flags, such as --model plain. Random numbers depend only on (seed, step), so all designs see the same
-batches, and a run resumed with the same --max_iters matches one that was never interrupted (on one CPU, bit for bit).
+batches, and a run resumed with the same --max_iters matches an uninterrupted one (on the same CPU, bit for bit).
 """
 import argparse
 import contextlib
@@ -94,7 +94,7 @@ FLAGS |= {field.name: Flag(field.default, field.type, "see Config in tsa.py") fo
 
 def seed_step(seed, step):
     """Make a step's batch and dropout depend only on (seed, step). Step 0 is the initialization."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))   # not seed + step: they overlap
+    torch.manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))   # seed + step would overlap
 
 
 def make_optimizer(model):
@@ -126,7 +126,7 @@ def fit(model, args, corpus, idx, targets, saved):
     print(f"{size:,} parameters ({routers / size:.1%} of them in routers), data {args.data}, device {args.device}, "
           f"dtype {args.dtype}")
     unfused = args.device.startswith("cpu") and args.dtype == "bfloat16"        # there, unfused attention is faster
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(unfused)             # if it may add in bfloat16
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(unfused)             # if sums may be in bfloat16
 
     def score_after(step):      # on all windows at the end, otherwise on a few hundred, spread over the split
         last = step == args.max_iters
@@ -181,7 +181,7 @@ def new_folder(path, model):
 
 @torch.no_grad()
 def evaluate(model, idx, targets, sparse):
-    """Windows idx, targets (n, T) -> the mean loss, each block's mean gate, and the fraction of tokens that ran it."""
+    """Windows idx, targets (n, T) -> the mean loss, each block's mean gate, and the fraction of nonzero gates."""
     loss_sum, gate_sum, ran = 0, 0, 0
     for x, y in zip(idx.split(64), targets.split(64)):
         logits, gates = model(x, sparse)                                        # gates (L, B, T)
@@ -217,7 +217,7 @@ def score(model, idx, targets, timed=False):
     if kind != "plain":
         val_loss_sparse, _, ran = evaluate(model, idx, targets, sparse=True)
     total, plain = multiply_adds(model, ran, idx.size(1))
-    saved = 1 - total / plain           # negative if the routers cost more
+    saved = 1 - total / plain           # negative if skipping costs more
     tlops_saved = 1 - sum(ran if kind == "exit" else gates) / len(ran)      # token-layer operations, the paper's unit
     by_count = f"  {tlops_saved:.1%} saved by the paper's count"
     gates_shown, ran_shown = ("".join(f" {share:.2f}" for share in shares) for shares in (gates, ran))
@@ -267,13 +267,13 @@ def parse_flags(argv):
     of_gates = {"gate", "gate_bias", "halt", "lam", "lam_ramp"}
     unused = {"plain": of_gates | {"confidence"}, "tsa": {"confidence"}, "exit": of_gates}
     if others := typed.keys() & unused.get(args.model, set()):
-        parser.error(f"--{', --'.join(sorted(others))} has no effect with --model {args.model}")
+        parser.error(f"no effect with --model {args.model}: --{', --'.join(sorted(others))}")
     if args.n_embd % args.n_head:
         parser.error(f"--n_embd {args.n_embd} is not divisible by --n_head {args.n_head}")
     if args.n_layer == 1 and args.model != "plain":
         parser.error(f"--model {args.model} needs --n_layer 2 or more")
     if args.resume and args.max_iters < saved["step"]:
-        parser.error(f"--max_iters {args.max_iters} is less than the {saved['step']} steps that the run has already")
+        parser.error(f"--max_iters {args.max_iters} is less than the {saved['step']} steps already trained")
     usable_device(args.device)                      # a resumed run may be from another machine
     args.dtype = args.dtype or ("bfloat16" if supports_bfloat16(args.device) else "float32")
     return args, model, saved
@@ -283,7 +283,7 @@ def main(argv=None):
     try:
         args, model, saved = parse_flags(argv)
         args.data = data.shakespeare_or_stdlib() if args.data == "auto" else args.data
-        corpus = data.load(args.data, saved["vocab"] if args.score else None)      # --score: maybe of another text
+        corpus = data.load(args.data, saved["vocab"] if args.score else None)      # --score: the text may have changed
         idx, targets = (part.to(args.device) for part in corpus.windows("val", args.block_size))       # (n, T) each
         if saved and saved["checksum"] != corpus.checksum():
             message = f"--data {args.data} is not the text that this model was trained on"

@@ -41,7 +41,7 @@ class Config:
     """The hyperparameters of a model. A field that you add (bool, int, float or str) becomes a flag of train.py."""
     model: str = "tsa"          # a name in MODELS
     gate: str = "skip"          # tsa: a name in GATES
-    gate_bias: float = -1.0     # tsa: initial b2 of equation (3): gates start near 0.73 at -1, lower at a larger b2
+    gate_bias: float = -1.0     # tsa: initial b2 of equation (3): 1 - p starts near 0.73 at -1, lower at a larger b2
     halt: bool = False          # tsa: multiply each gate by the previous one, so that it stays 0 once it is 0
     confidence: float = 0.9     # exit: a token exits once its top probability exceeds this
     vocab_size: int = 65
@@ -232,7 +232,7 @@ class Block(nn.Module):
         sparse pass give the same result.
         """
         rows = gate.flatten().nonzero().squeeze(1) if sparse else None      # (N,), indices into the B * T tokens
-        if sparse and len(rows) == 0:           # nobody runs the block, but later tokens may attend to these
+        if sparse and len(rows) == 0:           # no token runs the block, but later ones may attend to these
             if cache is not None:
                 cache.append(self.attn.key_value(self.ln1(x)))
             return x
@@ -321,7 +321,7 @@ class TSA(Transformer):
         """As in Transformer. The gates returned are those that the blocks got; block 0 has gates of 1."""
         caches = caches or [None] * len(self.blocks)
         first, *others = self.blocks
-        # Block 0 always runs: before it, x knows nothing of the context, so there is nothing to decide by.
+        # Block 0 always runs: before it, x holds only the token and its position, not its context.
         x = first(self.embed(idx, caches[0]), cache=caches[0])          # (B, T, C)
         ones = torch.ones(idx.shape, device=idx.device)
         gates = [ones]          # what routers see and --halt multiplies: before sparse_gate
@@ -407,7 +407,7 @@ def load_checkpoint(path, **changes):
     try:
         model.load_state_dict(saved["model"])
     except RuntimeError:        # it lists all weights
-        raise ValueError(f"{path} has other weights than {config.model} with gate {config.gate} in tsa.py") from None
+        raise ValueError(f"{path}: its weights do not fit {config.model} with gate {config.gate} in tsa.py") from None
     return model.eval(), saved
 
 
@@ -452,7 +452,7 @@ class Cache:
 def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, sparse=True):
     """
     Continue idx (B, T) with a model in eval mode. At each step, yield the new tokens (B, 1) and the gates (L, B) of the
-    tokens that predicted them. When the text outgrows the context, it starts afresh from its last block_size // 2.
+    tokens that predicted them. When the text outgrows the context, only its last block_size // 2 tokens are kept.
     """
     block_size, caches = model.config.block_size, None
     for _ in range(max_new_tokens):
