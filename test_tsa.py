@@ -45,7 +45,7 @@ GATES["everything"] = Everything
 DESIGNS = {gate: dict(gate=gate) for gate in GATES} | {
     "skip": dict(gate="skip", gate_bias=1.0), "skip, halt": dict(gate="skip", halt=True, gate_bias=-3.0),
     "soft, halt": dict(gate="soft", halt=True), "exit": dict(model="exit", confidence=0.4),
-    "closed": dict(gate="stretch", gate_bias=50.0), "plain": dict(model="plain")}       # closed: only block 0 runs
+    "stretch, closed": dict(gate="stretch", gate_bias=50.0), "plain": dict(model="plain")}    # closed: runs block 0
 all_designs = pytest.mark.parametrize("design", DESIGNS)
 full_and_sparse = pytest.mark.parametrize("sparse", [False, True], ids=["full", "sparse"])
 
@@ -579,7 +579,7 @@ def test_runs_are_numbered_and_sample_shows_the_newest(capsys):
 def test_a_second_start_in_the_folder_of_a_run_is_refused(monkeypatch):
     """Two runs would overwrite each other. When the first begins to train, it has not saved anything."""
     monkeypatch.setattr(train, "fit", lambda *args: fit(""))
-    with pytest.raises(SystemExit, match="^error: --out_dir run exists; choose another, .* with --resume run$"):
+    with pytest.raises(SystemExit, match="^error: --out_dir run exists; choose another or, .*, --resume run$"):
         fit("")
 
 
@@ -624,7 +624,7 @@ def mistakes():
     (train, "--gate nosuch", "invalid choice: 'nosuch'"), (train, "--data t.txt --out_dir t.txt/run", "t.txt"),
     (train, "--model exit --lam 1 --no-halt", "exit: --halt, --lam"), (train, "--n_layer 1", "--n_layer 2"),
     (train, "--resume run/ckpt.pt", "the folder of a run"), (train, "--resume run --lam 1", "--lam cannot be combined"),
-    (train, "--resume run --max_iters 4", "less than the 5 steps"), (train, "--resume run", "not the text"),
+    (train, "--resume run --max_iters 5", "more than the 5 steps"), (train, "--resume run", "not the text"),
     (train, "--resume gpu", "cannot use the device nosuch"), (sample, "run --device nosuch", "cannot use the device"),
     (train, "--score run --seed 1 --lam 1", "--lam, --seed cannot be"), (train, "--data latin1.txt", "decode"),
     (train, "--data t.txt --block_size 2000", "has only 1358 tokens"),

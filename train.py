@@ -176,7 +176,7 @@ def new_folder(path, model):
             folder.mkdir()
             return folder
         if path:
-            raise FileExistsError(f"--out_dir {path} exists; choose another, or continue its run with --resume {path}")
+            raise FileExistsError(f"--out_dir {path} exists; choose another or, if it has a ckpt.pt, --resume {path}")
 
 
 @torch.no_grad()
@@ -272,8 +272,8 @@ def parse_flags(argv):
         parser.error(f"--n_embd {args.n_embd} is not divisible by --n_head {args.n_head}")
     if args.n_layer == 1 and args.model != "plain":
         parser.error(f"--model {args.model} needs --n_layer 2 or more")
-    if args.resume and args.max_iters < saved["step"]:
-        parser.error(f"--max_iters {args.max_iters} is less than the {saved['step']} steps already trained")
+    if args.resume and typed.get("max_iters", math.inf) <= saved["step"]:
+        parser.error(f"--max_iters {args.max_iters} is not more than the {saved['step']} steps already trained")
     usable_device(args.device)                      # a resumed run may be from another machine
     args.dtype = args.dtype or ("bfloat16" if supports_bfloat16(args.device) else "float32")
     return args, model, saved

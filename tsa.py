@@ -359,11 +359,11 @@ class Exit(Transformer):
         for block, norm, cache in zip(others, self.norms()[1:], caches[1:]):
             x = block(x, running, sparse, cache)
             gates.append(running)
-            rows = running.nonzero(as_tuple=True)                       # the N tokens that ran the block
-            prediction = self.head(norm(x[rows]))                       # (N, V)
-            logits[rows] = prediction
+            where = running.nonzero(as_tuple=True)                      # the N tokens that ran the block
+            prediction = self.head(norm(x[where]))                      # (N, V)
+            logits[where] = prediction
             unsure = prediction.softmax(-1).amax(-1) <= self.config.confidence
-            running = running.index_put(rows, unsure.float())
+            running = running.index_put(where, unsure.float())
         return logits, torch.stack(gates)
 
     def norms(self):
@@ -399,7 +399,7 @@ def load_checkpoint(path, **changes):
             raise ValueError
         config = Config(**saved["config"])
     except Exception:       # of many types; some messages recommend an unsafe load
-        raise ValueError(f"{path} is damaged or from another version of train.py") from None
+        raise ValueError(f"{path} is damaged or from another version of tsa.py or train.py") from None
     config = replace(config, **changes)
     if config.model not in MODELS or (config.model == "tsa" and config.gate not in GATES):
         raise ValueError(f"{path}: tsa.py has no model {config.model} with gate {config.gate}")
