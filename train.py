@@ -60,7 +60,7 @@ def usable_device(name):
     return name
 
 
-Flag = namedtuple("Flag", "default kind help")         # kind: a type, or the names to choose from
+Flag = namedtuple("Flag", "default kind help")         # kind: argparse's type, or the names to choose from
 FLAGS = {
     "preset": Flag("laptop", PRESETS, "replaces some of the defaults below"),
     "model": Flag(Config.model, MODELS, "the plain transformer, the paper's model, or early exit"),

@@ -229,7 +229,7 @@ class Block(nn.Module):
         """
         x (B, T, C), gate (B, T) -> (B, T, C). Without a gate, this is the plain block. If sparse, only the N tokens
         whose gate is not 0 run the block, though all tokens have keys and values. With the same gates, a full and a
-        sparse pass give the same result.
+        sparse pass give the same result. A Cache holds the keys and values of earlier tokens.
         """
         rows = gate.flatten().nonzero().squeeze(1) if sparse else None      # (N,), indices into the B * T tokens
         if sparse and len(rows) == 0:           # no token runs the block, but later ones may attend to these
