@@ -126,7 +126,7 @@ def fit(model, args, corpus, idx, targets, saved):
     print(f"{size:,} parameters ({routers / size:.1%} of them in routers), data {args.data}, device {args.device}, "
           f"dtype {args.dtype}")
     unfused = args.device.startswith("cpu") and args.dtype == "bfloat16"        # there, unfused attention is faster
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(unfused)             # if sums may be in bfloat16
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(unfused)             # if it may sum in bfloat16, too
 
     def score_after(step):      # on all windows at the end, otherwise on a few hundred, spread over the split
         last = step == args.max_iters
