@@ -45,7 +45,7 @@ GATES["everything"] = Everything
 DESIGNS = {gate: dict(gate=gate) for gate in GATES} | {
     "skip": dict(gate="skip", gate_bias=1.0), "skip, halt": dict(gate="skip", halt=True, gate_bias=-3.0),
     "soft, halt": dict(gate="soft", halt=True), "exit": dict(model="exit", confidence=0.4),
-    "stretch, closed": dict(gate="stretch", gate_bias=50.0), "plain": dict(model="plain")}    # closed: runs block 0
+    "stretch, closed": dict(gate="stretch", gate_bias=50.0), "plain": dict(model="plain")}    # closed: block 0 only
 all_designs = pytest.mark.parametrize("design", DESIGNS)
 full_and_sparse = pytest.mark.parametrize("sparse", [False, True], ids=["full", "sparse"])
 
